@@ -1,0 +1,24 @@
+"""Errors meant for the person who typed the command, not for a stack trace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class UserError(Exception):
+    """Input that cannot be worked with: says what was given, what is allowed and which flag mends it.
+
+    Entry points print it on one line and exit with code 2.
+    """
+
+
+class ConfigError(UserError):
+    """Everything that is wrong with a configuration, found in one pass."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(self.problems))
+
+
+class Interrupted(Exception):
+    """The user or the scheduler asked the run to stop; a checkpoint has been written."""

@@ -1,0 +1,73 @@
+"""Device, dtype, random generators and provenance."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "mlflow", "numpy")
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where it works, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def derive_seed(seed: int, purpose: str, *index: int) -> int:
+    """A 63-bit seed from (seed, purpose, index): the same on every rank, after every restart."""
+    text = ":".join([str(seed), purpose, *map(str, index)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def generator(seed: int, purpose: str, *index: int) -> torch.Generator:
+    """A CPU generator for one purpose and one index; see `derive_seed`."""
+    return torch.Generator().manual_seed(derive_seed(seed, purpose, *index))
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def state_digest(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def provenance() -> dict[str, str]:
+    """Versions, machine and git revision of the code, as tags."""
+    tags = {f"version.{name}": metadata.version(name) for name in PACKAGES}
+    tags["version.python"] = platform.python_version()
+    tags["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        tags["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    tags["git.revision"] = _git_revision(Path(__file__).resolve().parent.parent)
+    return tags
+
+
+def _git_revision(folder: Path) -> str:
+    try:
+        revision = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown (not a git checkout)"
+    return revision.stdout.strip()
