@@ -166,7 +166,7 @@ def _suggestion(model: type[BaseModel], location: tuple[str, ...]) -> str:
     known = list(_field_names(model))
     close = difflib.get_close_matches(".".join(location), known, n=1, cutoff=0.6)
     last = [name for name in known if name.rsplit(".", 1)[-1] == location[-1]]
-    hint = (close or last or [None])[0]
+    hint = next(iter(close or last), None)
     return f" (did you mean --{hint}?)" if hint else ""
 
 
