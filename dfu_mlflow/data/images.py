@@ -1,0 +1,69 @@
+"""Any picture a camera, scanner or annotation tool wrote -> upright 8-bit RGB."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from dfu_mlflow.errors import UserError
+
+Pixels = npt.NDArray[np.uint8]
+
+DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+
+
+def load_rgb(path: Path) -> Pixels:
+    """Decode an image file: EXIF orientation applied, alpha on white, greyscale and CMYK converted, first frame only.
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        UserError: for a file that is missing, truncated or no image.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    return decode_rgb(content, str(path))
+
+
+def decode_rgb(content: bytes, name: str) -> Pixels:
+    """`load_rgb` of a file's bytes; `name` is what messages call it."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return np.array(_upright_rgb(image))
+    except UnidentifiedImageError:
+        raise UserError(f"{name} cannot be decoded: not an image in a known format") from None
+    except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, struct.error, KeyError and others
+        raise UserError(f"{name} cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode in DEEP_MODES:
+        return Image.fromarray(_to_8_bit(np.asarray(image))).convert("RGB")
+    if image.has_transparency_data:
+        colours = image.convert("RGBA")
+        white = Image.new("RGBA", colours.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, colours).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bit(values: npt.NDArray[np.generic]) -> Pixels:
+    """Scale a deep greyscale image [H, W] by its container's range; Pillow's own `convert` clips at 255.
+
+    Floats are taken as 0..1, 0..255 or 0..65535, whichever is the smallest range that holds them.
+    """
+    deep = values.astype(np.float64)
+    if not np.isfinite(deep).all():
+        raise ValueError("not finite in some pixels")
+    if deep.min() < 0:
+        deep = deep - deep.min()
+    ceilings = (1.0, 255.0, 65535.0) if values.dtype.kind == "f" else (65535.0,)
+    ceiling = next((top for top in ceilings if deep.max() <= top), deep.max())
+    return np.rint(deep * (255.0 / ceiling)).astype(np.uint8)
