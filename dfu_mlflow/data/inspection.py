@@ -1,0 +1,99 @@
+"""One look into every file: can it be used, what is in it, and which other files hold the same picture."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from dfu_mlflow.data.audit import Problem
+from dfu_mlflow.data.images import decode_rgb
+from dfu_mlflow.errors import UserError
+
+HASH_SIDE = 16
+NEAR_BITS = 28
+"""Bits of 256 by which copies may differ. Measured: re-encoding at JPEG quality 60, resizing to 70 % and brightening
+by 15 % change at most 24 bits (95th percentile 17); the closest pictures of different patients are 38 bits apart among
+960 phantoms and 56 among 810 photographs. The common 64-bit hash has no such gap: 10 bits against 2."""
+BLANK_LEVELS = 2
+BLOCK = 2048
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a file holds.
+
+    Attributes:
+        digest: SHA-256 of its bytes.
+        size_px: (width, height), upright.
+        pixel_digest: SHA-256 of its decoded pixels: equal for copies with other names, metadata or lossless formats.
+        difference_hash: bool [256], see `difference_hash`.
+    """
+
+    digest: str
+    size_px: tuple[int, int]
+    pixel_digest: str
+    difference_hash: npt.NDArray[np.bool_]
+
+
+def inspect_files(paths: Sequence[Path], min_side_px: int) -> tuple[dict[Path, Inspection], list[Problem]]:
+    """Decode every file once, in threads; files that cannot be used come back as problems."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(lambda path: inspect_file(path, min_side_px), paths))
+    good = {path: item for path, item in zip(paths, results, strict=True) if isinstance(item, Inspection)}
+    return good, [item for item in results if isinstance(item, Problem)]
+
+
+def inspect_file(path: Path, min_side_px: int) -> Inspection | Problem:
+    """Decode one file."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return Problem(path, "missing file", "no such file")
+    except OSError as error:
+        return Problem(path, "unreadable", str(error.strerror))
+    if not content:
+        return Problem(path, "empty file", "0 bytes")
+    try:
+        pixels = decode_rgb(content, path.name)
+    except UserError as error:
+        return Problem(path, "unreadable", str(error).partition(": ")[2])
+    height, width = pixels.shape[:2]
+    if min(height, width) < min_side_px:
+        return Problem(path, "too small", f"{width}x{height}, below --data.min_side_px {min_side_px}")
+    image = Image.fromarray(pixels)
+    if all(int(np.ptp(np.asarray(band.getextrema()))) <= BLANK_LEVELS for band in image.split()):
+        return Problem(path, "blank", "one colour all over")
+    return Inspection(
+        digest=hashlib.sha256(content).hexdigest(),
+        size_px=(width, height),
+        pixel_digest=hashlib.sha256(f"{width}x{height}".encode() + pixels.tobytes()).hexdigest(),
+        difference_hash=difference_hash(image),
+    )
+
+
+def difference_hash(image: Image.Image) -> npt.NDArray[np.bool_]:
+    """dHash (Krawetz 2013) of 256 bits: is each cell of a 16 x 16 grid brighter than its left neighbour? bool [256]."""
+    cells = np.asarray(image.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX))
+    return (cells[:, 1:] > cells[:, :-1]).reshape(-1)
+
+
+def near_pairs(hashes: npt.NDArray[np.bool_], patients: Sequence[str]) -> list[tuple[int, int]]:
+    """Pairs i < j of pictures [N, 256] that look alike although their patients differ; O(N²) by blocks of products."""
+    signs = np.where(hashes, 1.0, -1.0).astype(np.float32)
+    _, who = np.unique(np.asarray(patients), return_inverse=True)
+    pairs: list[tuple[int, int]] = []
+    for start in range(0, len(signs), BLOCK):
+        distances = (signs.shape[1] - signs[start : start + BLOCK] @ signs.T) / 2
+        rows, columns = np.nonzero(distances <= NEAR_BITS)
+        rows += start
+        chosen = (rows < columns) & (who[rows] != who[columns])
+        pairs += list(zip(rows[chosen].tolist(), columns[chosen].tolist(), strict=True))
+    return pairs
