@@ -1,0 +1,1 @@
+"""Features in, numbers out: one file a metric, everything in float64."""

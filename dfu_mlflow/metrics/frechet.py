@@ -1,0 +1,54 @@
+"""Frechet distance between two sets of features (Heusel et al. 2017, equation 6), exact and without a matrix root.
+
+    FD = |m1 - m2|² + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)
+
+With A, B the centred features over sqrt(N - 1), S1 = AᵀA and S2 = BᵀB, the last trace is the sum of the singular values
+of A Bᵀ: [N, M] instead of [D, D]. For 240 rows of 1,280 that takes 4 ms; the library's square root takes seconds. The
+distance falls with N (it is biased): compare equal sizes only.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dfu_mlflow.metrics.gram import Gram, comparable_features
+
+
+def frechet_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
+    """Frechet distance of features real [N, D] and fake [M, D], covariances unbiased (divided by N - 1).
+
+    Raises:
+        UserError: for features that cannot be compared.
+    """
+    real, fake = comparable_features(real, fake)
+    shift = real.mean(0) - fake.mean(0)
+    a, b = _scaled(real), _scaled(fake)
+    root_trace = torch.linalg.svdvals(_compact(a) @ _compact(b).T).sum()
+    return _not_negative(shift.square().sum() + a.square().sum() + b.square().sum() - 2 * root_trace)
+
+
+def frechet_from_gram(gram: Gram) -> float:
+    """The same from inner products alone: what resampling uses, because a selection of rows costs no new products."""
+    n, m = gram.cross.shape
+    shift = gram.real.mean() + gram.fake.mean() - 2 * gram.cross.mean()
+    trace_real = (gram.real.diagonal().sum() - n * gram.real.mean()) / (n - 1)
+    trace_fake = (gram.fake.diagonal().sum() - m * gram.fake.mean()) / (m - 1)
+    centred = gram.cross - gram.cross.mean(0, keepdim=True) - gram.cross.mean(1, keepdim=True) + gram.cross.mean()
+    root_trace = torch.linalg.svdvals(centred).sum() / ((n - 1) * (m - 1)) ** 0.5
+    return _not_negative(shift + trace_real + trace_fake - 2 * root_trace)
+
+
+def _scaled(features: torch.Tensor) -> torch.Tensor:
+    return (features - features.mean(0)) / (len(features) - 1) ** 0.5
+
+
+def _compact(centred: torch.Tensor) -> torch.Tensor:
+    """A matrix with the same AᵀA and at most D rows: the R of a QR decomposition where N > D."""
+    if centred.shape[0] <= centred.shape[1]:
+        return centred
+    return torch.linalg.qr(centred, mode="r").R
+
+
+def _not_negative(distance: torch.Tensor) -> float:
+    """Rounding leaves about -1e-12 for equal sets; the distance itself cannot be negative."""
+    return max(0.0, float(distance))
