@@ -31,10 +31,11 @@ def assign_patients(candidates: Sequence[Candidate], group_by: str | None) -> tu
         return tuple(candidates)
     pattern = _compile(group_by)
     patients = [_patient(pattern, candidate.path.name) for candidate in candidates]
-    names = [item.path.name for item, patient in zip(candidates, patients, strict=True) if patient is None]
+    names = _names([item for item, patient in zip(candidates, patients, strict=True) if patient is None])
     if names:
+        total = len(_names(candidates))
         raise UserError(
-            f"--data.group_by {group_by} fits {len(candidates) - len(names)} of {len(candidates)} file names, "
+            f"--data.group_by {group_by} fits {total - len(names)} of {total} file names, "
             f"but not {', '.join(names[:EXAMPLES])}: it must find the patient in each"
         )
     return tuple(replace(item, patient=patient) for item, patient in zip(candidates, patients, strict=True))
@@ -57,8 +58,13 @@ def _compile(group_by: str) -> re.Pattern[str]:
     return pattern
 
 
+def _names(candidates: Sequence[Candidate]) -> list[str]:
+    """Distinct file names in order; a picture with several boxes counts once."""
+    return list(dict.fromkeys(candidate.path.name for candidate in candidates))
+
+
 def _explanation(candidates: Sequence[Candidate]) -> str:
-    names = ", ".join(candidate.path.name for candidate in candidates[:EXAMPLES])
+    names = ", ".join(_names(candidates)[:EXAMPLES])
     return (
         f"patients cannot be told from {names}, and pictures of one patient must not be in training and validation "
         "both: set --data.group_by to a pattern with one group over the file name ('P(\\d{3})' finds patient 003 in "
