@@ -1,0 +1,134 @@
+"""A sampler bundle -> a registered model that loads in any process with the listed packages."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import yaml
+from mlflow import MlflowClient
+from mlflow.models import Model, ModelSignature
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+from dfu_mlflow.config import RunConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE = ("dfu_mlflow", "registry")
+CODE_SUFFIXES = (".py", ".yaml")
+"""The rest of the packages is weights and data: what the sampler needs of them is in its bundle."""
+REQUIREMENTS = (
+    "accelerate",
+    "diffusers",
+    "mlflow",
+    "numpy",
+    "pandas",
+    "peft",
+    "pillow",
+    "pydantic",
+    "pyyaml",
+    "safetensors",
+    "torch",
+    "torchvision",
+    "transformers",
+)
+"""What drawing imports; the versions are conda.yaml's."""
+
+
+@dataclass(frozen=True)
+class RegisteredSampler:
+    """A version in the model registry.
+
+    Attributes:
+        name: registered model.
+        version: its version, from 1.
+        uri: `models:/NAME/VERSION`.
+    """
+
+    name: str
+    version: int
+    uri: str
+
+
+def register_sampler(
+    bundle: Path, config: RunConfig, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]
+) -> RegisteredSampler:
+    """Log a bundle as a model of a run, register it and move `config.registry.alias` to it.
+
+    Args:
+        bundle: folder that `dfu_mlflow.bundle.write_bundle` wrote; copied into the artifact store.
+        config: names the registered model and the alias.
+        run_id: the run that trained it; its status stays as it is.
+        metrics: figures of the checkpoint; become tags of the version, so that gates read them without the run.
+        tags: further tags of the version, e.g. `metric_identity`.
+    """
+    facts = json.loads((bundle / "sampler.json").read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as folder:
+        info = Model.log(
+            artifact_path=None,
+            name="sampler",
+            flavor=mlflow.pyfunc,
+            run_id=run_id,
+            python_model=str(ROOT / "registry" / "sampler.py"),
+            artifacts={"bundle": str(bundle)},
+            code_paths=_code(Path(folder)),
+            pip_requirements=pinned(REQUIREMENTS),
+            signature=signature(facts["settings"]),
+            input_example=pd.DataFrame({"phase": sorted(facts["prompts"]), "seed": range(len(facts["prompts"]))}),
+            model_config={"model": f"run {run_id}"},
+        )
+    figures = {key: repr(float(value)) for key, value in metrics.items()}
+    version = mlflow.register_model(info.model_uri, config.registry.name, tags={**figures, **tags})
+    MlflowClient().set_registered_model_alias(config.registry.name, config.registry.alias, version.version)
+    uri = f"models:/{version.name}/{version.version}"
+    return RegisteredSampler(str(version.name), int(version.version), uri)
+
+
+def signature(settings: Mapping[str, float]) -> ModelSignature:
+    """Input, output and parameters; the parameters' defaults are the bundle's."""
+    return ModelSignature(
+        inputs=Schema([ColSpec(DataType.string, "phase"), ColSpec(DataType.long, "seed", required=False)]),
+        outputs=Schema(
+            [
+                ColSpec(DataType.string, "image"),
+                ColSpec(DataType.string, "phase"),
+                ColSpec(DataType.long, "seed"),
+                ColSpec(DataType.string, "model"),
+            ]
+        ),
+        params=ParamSchema(
+            [
+                ParamSpec("seed", DataType.long, 0),
+                ParamSpec("guidance_scale", DataType.double, float(settings["guidance_scale"])),
+                ParamSpec("num_inference_steps", DataType.long, int(settings["num_inference_steps"])),
+            ]
+        ),
+    )
+
+
+def pinned(names: tuple[str, ...]) -> list[str]:
+    """`name==version` of each, as conda.yaml has them."""
+    environment = yaml.safe_load((ROOT / "conda.yaml").read_text(encoding="utf-8"))
+    (pip,) = (entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    versions = dict(line.split("==") for line in pip)
+    return [f"{name}=={versions[name]}" for name in names]
+
+
+def _code(folder: Path) -> list[str]:
+    """Copy the packages without weights, data and caches; they then stand beside the model."""
+    for package in CODE:
+        shutil.copytree(ROOT / package, folder / package, ignore=_not_code)
+    return [str(folder / package) for package in CODE]
+
+
+def _not_code(folder: str, names: list[str]) -> list[str]:
+    return [
+        name
+        for name in names
+        if name == "__pycache__" or not ((Path(folder) / name).is_dir() or name.endswith(CODE_SUFFIXES))
+    ]
