@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,15 +35,19 @@ def load(model: type[Model], config: str | None, flags: Sequence[str] = ()) -> M
     return validate(model, merge(tree, parse_flags(flags)))
 
 
-def read_tree(config: str, _chain: tuple[str, ...] = ()) -> Tree:
-    """Read a preset or a file together with everything it `extends`; later entries win."""
-    if config in _chain:
-        raise UserError(f"configuration {config} extends itself: {' -> '.join((*_chain, config))}")
-    tree = _read_file(_locate(config))
+def read_tree(config: str, _chain: tuple[Path, ...] = ()) -> Tree:
+    """Read a preset or a file together with everything it `extends`; later entries win.
+
+    A path in `extends` starts at the file it stands in.
+    """
+    path = _locate(config, _chain[-1].parent if _chain else Path())
+    if path in _chain:
+        raise UserError(f"configuration {config} extends itself: {' -> '.join(map(str, (*_chain, path)))}")
+    tree = _read_file(path)
     parents = tree.pop("extends", [])
     merged: Tree = {}
-    for parent in [parents] if isinstance(parents, str) else parents:
-        merged = merge(merged, read_tree(str(parent), (*_chain, config)))
+    for parent in parents if isinstance(parents, list) else [parents]:
+        merged = merge(merged, read_tree(str(parent), (*_chain, path)))
     return merge(merged, tree)
 
 
@@ -101,10 +106,10 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _locate(config: str) -> Path:
+def _locate(config: str, folder: Path) -> Path:
     if config in preset_names():
         return PRESETS / f"{config}.yaml"
-    path = Path(config)
+    path = folder / config
     if not path.is_file():
         raise UserError(f"configuration {config!r} is neither a preset ({', '.join(preset_names())}) nor a file")
     return path
@@ -180,13 +185,11 @@ def _field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def _without(tree: Tree, locations: Sequence[tuple[Any, ...]]) -> Tree:
     """A copy of the tree without the keys at fault, so that what they hide can be checked too."""
-    copy: Tree = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    rest = copy.deepcopy(tree)
     for location in locations:
-        node: Any = copy
+        node: Any = rest
         for part in location[:-1]:
             node = node.get(part) if isinstance(node, dict) else None
-            if isinstance(node, dict) and part in node:
-                node[part] = dict(node[part])
         if isinstance(node, dict) and location:
             node.pop(location[-1], None)
-    return copy
+    return rest
