@@ -210,16 +210,16 @@ def _phrases(phase: str) -> tuple[str, ...]:
             "detailed wound bed texture with surrounding inflamed tissue",
         ),
         "proliferative": (
-            "healing wound with red granulation tissue and new blood vessels filling the wound bed",
-            "active wound repair showing tissue growth and wound contraction stage",
-            "granulation tissue and epithelial margins",
+            "open wound with red granulation tissue and new blood vessels filling the wound bed",
+            "active wound response showing tissue growth and wound contraction stage",
+            "open wound with red granulation tissue",
             "detailed wound bed texture with surrounding healthy tissue",
         ),
         "remodeling": (
-            "closing wound with scar tissue maturation and epithelialization over the wound surface",
-            "late wound response showing collagen remodeling and scar formation stage",
+            "closed wound with pale pink scar tissue and new epithelium over wound margins",
+            "late wound response showing tissue maturation and wound closure stage",
             "closed wound with pale scar tissue",
-            "detailed scar texture with surrounding healed skin",
+            "detailed scar surface texture with surrounding healed tissue",
         ),
     }[phase]
 
