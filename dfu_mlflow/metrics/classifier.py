@@ -1,7 +1,7 @@
 """Does a generated picture show the class it was asked for?
 
-The judge learns from real training photographs that went through the same autoencoder as the samples, so that blur, which
-every sample has, is not what it judges by.
+The judge learns from real training photographs that went through the same autoencoder as the samples, so that blur,
+which every sample has, is not what it judges by.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ def floors(
     Each draw takes training patients whole, in random order, until `counts` (class -> images) is filled.
 
     Returns:
-        `fd` and `kid`: mean over the draws, and the range in which 95 % of such sets fall (Student's prediction interval).
-        Draws share patients where training holds few of them; the range is then too narrow.
+        `fd` and `kid`: mean over the draws, and the range in which 95 % of such sets fall (Student's prediction
+        interval). Draws share patients where training holds few of them; the range is then too narrow.
     """
     values: dict[str, list[float]] = {name: [] for name in DISTANCES}
     for draw in range(draws):

@@ -47,7 +47,7 @@ class Replicates:
         return Replicates(self.value - other.value, self.real - other.real, self.fake - other.fake)
 
     def estimate(self) -> Estimate:
-        """Value and 95 % interval; no interval with fewer than `MIN_GROUPS` groups, or where one group is nearly all."""
+        """Value and 95 % interval; no interval with fewer than `MIN_GROUPS` groups, or where one is nearly all."""
         if min(len(self.real), len(self.fake)) < MIN_GROUPS or not torch.cat([self.real, self.fake]).isfinite().all():
             return Estimate(self.value)
         parts = [(_jackknife_variance(side), len(side) - 1) for side in (self.real, self.fake)]
@@ -120,7 +120,7 @@ def _left_out(kernel: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor,
 def _blocks(patients: Sequence[str], blocks: int) -> torch.Tensor:
     """Block of each row: patients, largest first, go to the block with the fewest images so far."""
     names = sorted(set(patients))
-    sizes = {name: 0 for name in names}
+    sizes = dict.fromkeys(names, 0)
     for name in patients:
         sizes[name] += 1
     filled = [0] * min(blocks, len(names))

@@ -1,7 +1,7 @@
 """Kernel distance (KID, Binkowski et al. 2018, section 3): squared MMD under the cubic polynomial kernel, unbiased.
 
-All pairs are used, no random subsets: the estimate is the mean of what subsets scatter around. It is zero in the mean for
-equal distributions, may be negative, and does not depend on N in the mean.
+All pairs are used, no random subsets: the estimate is the mean of what subsets scatter around. It is zero in the mean
+for equal distributions, may be negative, and does not depend on N in the mean.
 """
 
 from __future__ import annotations

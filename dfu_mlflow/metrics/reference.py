@@ -1,0 +1,256 @@
+"""The real side of every evaluation of a run: built once, asked after each epoch.
+
+Every distance compares `size` held-out with `size` generated pictures in the held-out set's class proportions, because the
+Frechet distance depends on the number of pictures; floors use the same size and proportions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import torch
+from sklearn.pipeline import Pipeline
+
+from dfu_mlflow import runtime
+from dfu_mlflow.errors import UserError
+from dfu_mlflow.metrics.classifier import class_accuracy, fit_classifier
+from dfu_mlflow.metrics.comparison import progress, require_comparable
+from dfu_mlflow.metrics.floors import floors
+from dfu_mlflow.metrics.frechet import frechet_from_gram
+from dfu_mlflow.metrics.gram import Gram, gram
+from dfu_mlflow.metrics.intervals import Replicates, frechet_replicates, kernel_replicates
+from dfu_mlflow.metrics.kernel import paired_kernel_from_gram
+from dfu_mlflow.metrics.matching import FeatureRows, matched_rows, proportional_counts, row_order
+from dfu_mlflow.types import Estimate, EvalReport
+
+PROTOCOL = 1
+"""Raised by whoever changes what a figure means."""
+MIN_IMAGES = 10
+"""Fewer pictures on a side say nothing: the figure is left out, with a note."""
+
+
+@dataclass(frozen=True)
+class RealFeatures:
+    """Features of real photographs.
+
+    Attributes:
+        classes: labels; a class id is a position here.
+        held_out: photographs of patients the model never saw.
+        training: photographs of training patients: the floor. None leaves it out.
+        reconstructed_held_out: float64 [N, D], the held-out rows after the autoencoder: its floor. None leaves it out.
+        reconstructed_training: float64 [T, D], the training rows after the autoencoder: what the classifier learns from.
+    """
+
+    classes: tuple[str, ...]
+    held_out: FeatureRows
+    training: FeatureRows | None = None
+    reconstructed_held_out: torch.Tensor | None = None
+    reconstructed_training: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ReferenceSettings:
+    """What figures depend on besides the features.
+
+    Attributes:
+        extractor: the extractor's identity.
+        samples: pictures an evaluation generates; at most as many as are held out (or in training) are compared.
+        seed: of the samples, of the choice of rows and of the floors.
+        floor_draws: random sets of training patients in a floor.
+        data_digest: which photographs these are, hexadecimal.
+        frechet_name: `fd`, or `fid` for Inception features, whose reports hold the Frechet distance alone.
+    """
+
+    extractor: str
+    samples: int
+    seed: int = 0
+    floor_draws: int = 20
+    data_digest: str = ""
+    frechet_name: str = "fd"
+
+
+class Reference:
+    """Real photographs as features, their floors and the class judge; `report` measures generated pictures by them.
+
+    Attributes:
+        size: pictures compared on each side.
+        counts: class id -> how many of them.
+        identity: what the figures depend on, readable, with a digest at its end.
+        floors: metric name -> estimate, e.g. `fd_floor`, `kid_autoencoder_floor`, `class_accuracy_reconstructed`.
+        notes: what could not be computed, and why.
+    """
+
+    def __init__(self, real: RealFeatures, settings: ReferenceSettings) -> None:
+        self.real, self.settings = real, settings
+        training = 0 if real.training is None else len(real.training)
+        limits = [settings.samples, len(real.held_out), *([training] if training >= MIN_IMAGES else [])]
+        self.size = min(limits)
+        self.counts = proportional_counts(real.held_out.class_ids, self.size)
+        order = row_order(len(real.held_out), runtime.generator(settings.seed, "metrics/held-out"))
+        self._rows = matched_rows(real.held_out.class_ids, self.counts, order)
+        self._chosen = real.held_out.take(self._rows)
+        self._metrics = ("fd",) if settings.frechet_name != "fd" else ("fd", "kid")
+        self.identity = _identity(settings, self.size, len(real.held_out))
+        self.floors: dict[str, Estimate] = {}
+        self.notes: dict[str, str] = {}
+        if self.size >= MIN_IMAGES:
+            self._add_floor()
+            self._add_autoencoder_floor()
+        self._judge = self._fit_judge()
+
+    def generation_plan(self, samples: int | None = None) -> dict[str, int]:
+        """How many pictures of each class to generate so that nothing is thrown away: label -> count.
+
+        At most `size` are used; `samples` None takes the settings'.
+        """
+        wanted = min(self.size, self.settings.samples if samples is None else samples)
+        counts = proportional_counts(self.real.held_out.class_ids, wanted)
+        return {label: counts.get(index, 0) for index, label in enumerate(self.real.classes)}
+
+    def report(
+        self, features: torch.Tensor, class_ids: torch.Tensor, base: EvalReport | None = None, weights: str = "live"
+    ) -> EvalReport:
+        """Measure generated pictures.
+
+        Args:
+            features: float64 [M, D]. More than `size` are reduced to it by seed; with fewer, everything is measured at
+                M a side, which changes the identity.
+            class_ids: int64 [M], the classes asked for; -1 where unknown.
+            base: the untouched base's report, for the progress.
+            weights: which weights drew the pictures, `live` or `ema`.
+
+        Raises:
+            UserError: for a `base` of another identity, or features that cannot be compared.
+        """
+        if MIN_IMAGES <= len(features) < self.size:
+            return self._with_size(len(features)).report(features, class_ids, base, weights)
+        report = EvalReport({}, self.identity, weights, dict(self.notes))
+        if min(len(features), self.size) < MIN_IMAGES:
+            reason = f"{min(len(features), len(self._chosen))} pictures to compare, at least {MIN_IMAGES} are needed"
+            report.notes.update(dict.fromkeys((self._name(metric) for metric in self._metrics), reason))
+            return report
+        if base is not None:
+            require_comparable(base, report)
+        rows = self._generated_rows(class_ids, report)
+        self._add_distances(report, features[rows], class_ids[rows])
+        report.values.update(self.floors)
+        self._add_progress(report, base)
+        self._add_class_accuracy(report, features, class_ids)
+        return report
+
+    def difference(self, first: torch.Tensor, second: torch.Tensor, class_ids: torch.Tensor) -> dict[str, Estimate]:
+        """Distance of `first` less distance of `second` [M, D], generated from the same seeds, row for row.
+
+        Much narrower than the difference of two reports: what both share (photographs, seeds) cancels.
+
+        Raises:
+            UserError: when there are fewer rows than are compared.
+        """
+        if not len(first) == len(second) == len(class_ids) or len(first) < self.size:
+            raise UserError(f"{len(first)} and {len(second)} generated rows: two equal sets of {self.size} are needed")
+        rows = self._generated_rows(class_ids, None)
+        pair = [self._replicates(gram(self._chosen.features, each[rows])) for each in (first, second)]
+        return {self._name(metric): (pair[0][metric] - pair[1][metric]).estimate() for metric in self._metrics}
+
+    def _name(self, metric: str) -> str:
+        return self.settings.frechet_name if metric == "fd" else metric
+
+    def _with_size(self, size: int) -> Reference:
+        return Reference(self.real, replace(self.settings, samples=size))
+
+    def _add_floor(self) -> None:
+        if self.real.training is None or len(self.real.training) < self.size:
+            reason = f"fewer than {MIN_IMAGES} training photographs are at hand"
+            self.notes.update(dict.fromkeys((f"{self._name(metric)}_floor" for metric in self._metrics), reason))
+            return
+        settings = self.settings
+        found = floors(self._chosen.features, self.real.training, self.counts, settings.floor_draws, settings.seed)
+        self.floors.update({f"{self._name(metric)}_floor": found[metric] for metric in self._metrics})
+
+    def _add_autoencoder_floor(self) -> None:
+        """Held-out photographs against their own reconstructions: no sampler behind this autoencoder is expected below."""
+        names = {metric: f"{self._name(metric)}_autoencoder_floor" for metric in self._metrics}
+        if self.real.reconstructed_held_out is None:
+            self.notes.update(dict.fromkeys(names.values(), "no reconstructions of held-out photographs are at hand"))
+            return
+        products = gram(self._chosen.features, self.real.reconstructed_held_out[self._rows])
+        distances = {"fd": frechet_from_gram, "kid": paired_kernel_from_gram}
+        self.floors.update({name: Estimate(distances[metric](products)) for metric, name in names.items()})
+
+    def _fit_judge(self) -> Pipeline | None:
+        training, features = self.real.training, self.real.reconstructed_training
+        if "kid" not in self._metrics:
+            return None
+        if training is None or features is None or len(torch.unique(training.class_ids)) < 2:
+            self.notes["class_accuracy"] = "needs reconstructed training photographs of at least two classes"
+            return None
+        judge = fit_classifier(features, training.class_ids)
+        if self.real.reconstructed_held_out is not None:
+            self.floors["class_accuracy_reconstructed"] = class_accuracy(
+                judge, self.real.reconstructed_held_out, self.real.held_out.class_ids
+            )
+        return judge
+
+    def _generated_rows(self, class_ids: torch.Tensor, report: EvalReport | None) -> torch.Tensor:
+        order = row_order(len(class_ids), runtime.generator(self.settings.seed, "metrics/generated"))
+        rows = matched_rows(class_ids, self.counts, order)
+        found = {int(c): int((class_ids[rows] == c).sum()) for c in torch.unique(class_ids[rows])}
+        if report is not None and found != {c: count for c, count in self.counts.items() if count}:
+            report.notes["class_proportions"] = (
+                f"generated pictures by class id {found} are not in the held-out proportions {self.counts}"
+            )
+        return rows
+
+    def _replicates(self, products: Gram) -> dict[str, Replicates]:
+        measures = {"fd": frechet_replicates, "kid": kernel_replicates}
+        return {metric: measures[metric](products, self._chosen.patients) for metric in self._metrics}
+
+    def _add_distances(self, report: EvalReport, features: torch.Tensor, class_ids: torch.Tensor) -> None:
+        products = gram(self._chosen.features, features)
+        for metric, replicates in self._replicates(products).items():
+            report.values[self._name(metric)] = replicates.estimate()
+        if len(set(self._chosen.patients)) < 3:
+            report.notes["intervals"] = "fewer than 3 held-out patients: no intervals for distances"
+        if "kid" not in self._metrics or len(self.real.classes) < 2:
+            return
+        for index, label in enumerate(self.real.classes):
+            real_rows, fake_rows = (
+                torch.nonzero(ids == index).flatten() for ids in (self._chosen.class_ids, class_ids)
+            )
+            fewest = min(len(real_rows), len(fake_rows))
+            if fewest < MIN_IMAGES:
+                report.notes[f"{label}/kid"] = f"{fewest} pictures to compare, at least {MIN_IMAGES} are needed"
+                continue
+            patients = [self._chosen.patients[row] for row in real_rows.tolist()]
+            report.values[f"{label}/kid"] = kernel_replicates(products.keep(real_rows, fake_rows), patients).estimate()
+
+    def _add_progress(self, report: EvalReport, base: EvalReport | None) -> None:
+        for name in map(self._name, self._metrics):
+            known = [
+                report.values[key].value
+                for key in (f"{name}_floor", f"{name}_autoencoder_floor")
+                if key in report.values
+            ]
+            if base is None or name not in base.values or not known:
+                report.notes[f"{name}_progress"] = "needs the untouched base's report" if known else "needs a floor"
+                continue
+            try:
+                report.values[f"{name}_progress"] = progress(base.values[name], report.values[name], max(known))
+            except ValueError as error:
+                report.notes[f"{name}_progress"] = str(error)
+
+    def _add_class_accuracy(self, report: EvalReport, features: torch.Tensor, class_ids: torch.Tensor) -> None:
+        known = class_ids >= 0
+        if self._judge is not None and bool(known.any()):
+            report.values["class_accuracy"] = class_accuracy(self._judge, features[known], class_ids[known])
+        elif self._judge is not None:
+            report.notes["class_accuracy"] = "the classes of the generated pictures are not known"
+
+
+def _identity(settings: ReferenceSettings, size: int, held_out: int) -> str:
+    text = (
+        f"{settings.extractor}; {size} generated, {size} of {held_out} real; seed {settings.seed};"
+        f" data {settings.data_digest[:12] or 'unnamed'}; {settings.floor_draws} floor draws; protocol {PROTOCOL}"
+    )
+    return f"{text}; {hashlib.sha256(f'{text}{settings.data_digest}'.encode()).hexdigest()[:8]}"
