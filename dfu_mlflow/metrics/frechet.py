@@ -9,6 +9,8 @@ distance falls with N (it is biased): compare equal sizes only.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from dfu_mlflow.metrics.gram import Gram, comparable_features
@@ -39,14 +41,16 @@ def frechet_from_gram(gram: Gram) -> float:
 
 
 def _scaled(features: torch.Tensor) -> torch.Tensor:
-    return (features - features.mean(0)) / (len(features) - 1) ** 0.5
+    centred = features - features.mean(0)
+    return centred / math.sqrt(len(features) - 1)
 
 
 def _compact(centred: torch.Tensor) -> torch.Tensor:
     """A matrix with the same AᵀA and at most D rows: the R of a QR decomposition where N > D."""
     if centred.shape[0] <= centred.shape[1]:
         return centred
-    return torch.linalg.qr(centred, mode="r").R
+    compact: torch.Tensor = torch.linalg.qr(centred, mode="r").R
+    return compact
 
 
 def _not_negative(distance: torch.Tensor) -> float:

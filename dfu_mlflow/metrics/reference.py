@@ -1,7 +1,7 @@
 """The real side of every evaluation of a run: built once, asked after each epoch.
 
-Every distance compares `size` held-out with `size` generated pictures in the held-out set's class proportions, because the
-Frechet distance depends on the number of pictures; floors use the same size and proportions.
+Every distance compares `size` held-out with `size` generated pictures in the held-out set's class proportions, because
+the Frechet distance depends on the number of pictures; floors use the same size and proportions.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class RealFeatures:
         held_out: photographs of patients the model never saw.
         training: photographs of training patients: the floor. None leaves it out.
         reconstructed_held_out: float64 [N, D], the held-out rows after the autoencoder: its floor. None leaves it out.
-        reconstructed_training: float64 [T, D], the training rows after the autoencoder: what the classifier learns from.
+        reconstructed_training: float64 [T, D], the training rows after the autoencoder: the classifier's lessons.
     """
 
     classes: tuple[str, ...]
@@ -169,7 +169,7 @@ class Reference:
         self.floors.update({f"{self._name(metric)}_floor": found[metric] for metric in self._metrics})
 
     def _add_autoencoder_floor(self) -> None:
-        """Held-out photographs against their own reconstructions: no sampler behind this autoencoder is expected below."""
+        """Held-out photographs against their own reconstructions: no sampler of this autoencoder gets below."""
         names = {metric: f"{self._name(metric)}_autoencoder_floor" for metric in self._metrics}
         if self.real.reconstructed_held_out is None:
             self.notes.update(dict.fromkeys(names.values(), "no reconstructions of held-out photographs are at hand"))

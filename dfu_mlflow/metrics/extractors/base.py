@@ -57,7 +57,7 @@ class NetworkExtractor:
 
     def attach(self, network: torch.nn.Module, device: torch.device, centre: float, scale: float) -> NetworkExtractor:
         """Set the network and its input range, (pixel - centre) / scale."""
-        self._network = network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self._network = network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
         self._device, self._centre, self._scale = device, centre, scale
         return self
 

@@ -49,7 +49,7 @@ def inception(
     device = device or torch.device("cpu")
     if path is not None:
         return _from_state(_read_state(path), path, device)
-    cached = _cached()
+    cached: Path | Unavailable | None = _cached()
     if cached is None and _is_own(CLEANFID_FOLDER / "inception-2015-12-05.pt"):
         return _from_cleanfid(CLEANFID_FOLDER, device)
     if cached is None and allow_download:
