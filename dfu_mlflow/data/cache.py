@@ -122,9 +122,9 @@ class RowCache:
                 rows = compute(batch).detach().cpu()
                 if len(rows) != len(batch):
                     raise ValueError(f"asked for {len(batch)} rows, computed {len(rows)}")
-                unsaved.append(rows)
                 for position, row in zip(batch, rows, strict=True):
                     table.put(table.keys[position], row)
+                unsaved.append(rows)
                 if sum(part.nbytes for part in unsaved) >= PACK_BYTES or time.monotonic() - opened > PACK_SECONDS:
                     store()
         finally:

@@ -41,7 +41,7 @@ def test_every_window_holds_each_class_nearly_equally_often() -> None:
 def test_balanced_rows_of_a_class_are_seen_equally_often_over_epochs() -> None:
     visited = np.concatenate([epoch_order(CLASS_IDS, 100, epoch, 0, balanced=True) for epoch in range(63)])
     for label in range(3):
-        rows = np.flatnonzero(CLASS_IDS == label)
+        rows = np.flatnonzero(label == CLASS_IDS)
         times = np.bincount(visited, minlength=len(CLASS_IDS))[rows]
         assert times.max() - times.min() <= 1
         assert times.sum() == 2100

@@ -119,9 +119,7 @@ def test_region_larger_than_the_picture_is_reflected(tmp_path: Path) -> None:
 
 def test_evaluation_view_is_deterministic_and_unaltered(tmp_path: Path) -> None:
     record = coordinate_record(tmp_path, (240, 160), (90, 60, 130, 100))
-    wild = DataConfig(
-        resolution_px=40, crop="random", horizontal_flip=True, vertical_flip=True, color_jitter=0.3
-    )
+    wild = DataConfig(resolution_px=40, crop="random", horizontal_flip=True, vertical_flip=True, color_jitter=0.3)
     calm = DataConfig(resolution_px=40)
     assert evaluation_view(record, wild).key == evaluation_view(record, calm).key
     assert evaluation_view(record, wild).original_size_px == (60, 60)  # 40 px with the middle margin, 0.25 a side
