@@ -1,13 +1,11 @@
 """Phantom clinic photographs: a procedural stand-in for private photographs of diabetic foot ulcers.
 
-As in medical physics, a phantom has *known* factors, so that exact tests are possible: skin tone, limb outline and wound
-site belong to the patient; the wound bed to the phase and the visit; light, white balance, framing and camera noise to
-the image. All texture is coarse (at most about 12 cycles across the picture), because a 64 px photograph passes through
-an autoencoder that keeps one cell per 4 x 4 pixels: anything finer would be pure floor.
+As in medical physics, a phantom has known factors, so that exact tests are possible: skin tone, limb outline and wound
+site belong to the patient, the wound bed to phase and visit, light, framing and noise to the image. All texture is
+coarse (at most about 12 cycles a side): an autoencoder keeps one cell per 4 x 4 pixels, so finer would be pure floor.
 
-The phases differ by what a nurse would look for: I (inflammatory) a dark red bed with yellow slough, swelling and a red
-halo; P (proliferative) a beefy, granulating, moist bed with a clean pale rim; R (remodeling) a small dry scar with a
-wrinkled rim.
+What a nurse looks for: I (inflammatory) a dark red bed with yellow slough, swelling and a red halo; P (proliferative) a
+beefy, granulating, moist bed with a pale rim; R (remodeling) a small dry scar with a wrinkled rim.
 """
 
 from dataclasses import dataclass
@@ -56,7 +54,7 @@ class _View:
 
 
 def render(patient: int, visit: int, image: int, phase: str, seed: int = 0, size_px: int = 64) -> npt.NDArray[np.uint8]:
-    """Draw one photograph. The same arguments always give the same bytes.
+    """Draw one photograph; the same arguments always give the same bytes.
 
     Args:
         patient, visit, image: numbers from 0, which choose the random factors of each level.
@@ -96,12 +94,7 @@ def visit_phases(patient: int, seed: int = 0) -> tuple[str, ...]:
 def write_phantom(root: Path, patients: int, seed: int, size_px: int = 64, images_per_visit: int = 2) -> None:
     """Write a data set `root/CLASS/P{patient:03d}V{visit:02d}N{image}.png`, about six pictures a patient.
 
-    Args:
-        root: folder, made when missing; class folders I, P and R lie in it.
-        patients: how many patients; they are numbered from 0.
-        seed: chooses the clinic.
-        size_px: side of the square pictures in pixels.
-        images_per_visit: photographs taken at each of the three visits.
+    Patients are numbered from 0 and come three times; `seed` is the clinic; the class folders are I, P and R.
     """
     for phase in PHASES:
         (root / phase).mkdir(parents=True, exist_ok=True)
@@ -246,7 +239,7 @@ def _granulating(skin: Array, inside: Array, outside: Array, fields: Fields) -> 
     radius, _, patches, bumps = fields
     rim = np.exp(-(((radius - 1.12) / 0.16) ** 2))
     albedo = _mix(skin, (0.93, 0.74, 0.72), 0.65 * rim)
-    albedo = _mix(albedo, (0.80, 0.45, 0.45), 0.25 * np.exp(-outside * 5) * (1 - inside))
+    albedo = _mix(albedo, (0.80, 0.45, 0.45), np.asarray(0.25 * np.exp(-outside * 5) * (1 - inside), np.float32))
     bed = _mix(np.zeros_like(skin) + np.array([0.63, 0.14, 0.17], np.float32), (0.85, 0.37, 0.38), _step(bumps, 1.6))
     bed = bed * (1 + 0.06 * patches[..., None])
     return _mix(albedo, bed, inside), np.asarray(1.0 * inside, np.float32)

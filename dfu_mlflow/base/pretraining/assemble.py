@@ -2,9 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 TOKENS = 77
@@ -71,7 +72,7 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def build_pipeline(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionXLPipeline:
+def build_pipeline(vae: Any, tokenizer: CLIPTokenizer) -> Any:
     """A whole pipeline around an autoencoder, everything else at random weights."""
     first, second = build_text_encoders(tokenizer)
     return StableDiffusionXLPipeline(
@@ -87,14 +88,25 @@ def build_pipeline(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffus
     )
 
 
-def save_pipeline(pipe: StableDiffusionXLPipeline, folder: Path) -> None:
+def save_pipeline(pipe: Any, folder: Path) -> None:
     """Write float16 safetensors in diffusers' layout, without paths of the machine that made them."""
     kept = {name: module.dtype for name, module in pipe.components.items() if isinstance(module, torch.nn.Module)}
     pipe.to(torch.float16)
     pipe.save_pretrained(folder, safe_serialization=True)
     for name, dtype in kept.items():
         getattr(pipe, name).to(dtype)
+    # Older readers of CLIP's format want these two beside tokenizer.json.
+    for name in ("tokenizer", "tokenizer_2"):
+        write_vocabulary(getattr(pipe, name), folder / name)
     for path in folder.glob("*/config.json"):
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)
         path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_vocabulary(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Write `vocab.json` and `merges.txt` in CLIP's own format."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False) + "\n", encoding="utf-8")
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")

@@ -2,8 +2,8 @@
 
     python -m dfu_mlflow.base.pretraining.diffusion --minutes 45 --vae runs/vae/vae --out runs/tiny_sdxl
 
-No phantom and no photograph is ever shown to them. Captions are dropped to zeros for 12 % of the pictures, which is what
-the pipeline uses as unconditional (`force_zeros_for_empty_prompt`).
+No phantom and no photograph is ever shown to them. Captions are dropped to zeros for 12 % of the pictures, which is
+what the pipeline uses as unconditional (`force_zeros_for_empty_prompt`).
 """
 
 import argparse
@@ -12,10 +12,11 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.training_utils import EMAModel
 
 from dfu_mlflow.base.pretraining.assemble import TOKENS, build_pipeline, save_pipeline
@@ -49,7 +50,7 @@ class WorldSet:
 
 
 @torch.no_grad()
-def draw_world(vae: AutoencoderKL, pipe: StableDiffusionXLPipeline, count: int, seed: int) -> WorldSet:
+def draw_world(vae: Any, pipe: Any, count: int, seed: int) -> WorldSet:
     """Draw illustrations, encode them and tokenise their captions."""
     rng = np.random.default_rng([seed, 31])
     latents, captions = [], []
@@ -62,7 +63,7 @@ def draw_world(vae: AutoencoderKL, pipe: StableDiffusionXLPipeline, count: int, 
     return WorldSet(torch.cat(latents), given.input_ids)
 
 
-def encode_tokens(pipe: StableDiffusionXLPipeline, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_tokens(pipe: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What `encode_prompt` makes of token ids [B, 77]: embeddings [B, 77, 160] and pooled [B, 96], with gradient."""
     first = pipe.text_encoder(tokens, output_hidden_states=True)
     second = pipe.text_encoder_2(tokens, output_hidden_states=True)
@@ -86,13 +87,15 @@ def draw_time_ids(rng: np.random.Generator, count: int) -> torch.Tensor:
 class Pretrainer:
     """One optimizer over UNet and text encoders, with an exponential moving average of all three."""
 
-    def __init__(self, pipe: StableDiffusionXLPipeline, world: WorldSet, recipe: Recipe) -> None:
+    def __init__(self, pipe: Any, world: WorldSet, recipe: Recipe) -> None:
         self.pipe, self.world, self.recipe = pipe, world, recipe
         self.rng = np.random.default_rng([recipe.seed, 32])
         self.noise = DDPMScheduler.from_config(pipe.scheduler.config)
         modules = (pipe.unet, pipe.text_encoder, pipe.text_encoder_2)
         self.parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, recipe.peak_rate, (0.9, 0.98), weight_decay=0.01, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, recipe.peak_rate, (0.9, 0.98), weight_decay=0.01, fused=True
+        )
         self.ema = EMAModel(self.parameters, decay=recipe.ema_decay, use_ema_warmup=True, power=0.75)
 
     def step(self, part: float) -> float:
@@ -129,7 +132,7 @@ class Pretrainer:
         self.ema.restore(self.parameters)
 
 
-def train(recipe: Recipe, vae: AutoencoderKL, out: Path) -> None:
+def train(recipe: Recipe, vae: Any, out: Path) -> None:
     """Train, writing `out/loss_curve.csv` and, every four minutes and at the end, the pipeline `out/tiny_sdxl`."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)

@@ -1,7 +1,7 @@
 """Stand-ins for natural photographs, for the autoencoder: dead leaves and 1/f fields in random palettes.
 
-Dead leaves (Lee, Mumford and Huang 2001, "Occlusion models for natural images") give edges and occlusion, 1/f fields give
-texture and shading. Networks trained on both carry over to photographs they have not seen (Baradad et al. 2021).
+Dead leaves (Lee, Mumford and Huang 2001, "Occlusion models for natural images") give edges and occlusion, 1/f fields
+give texture and shading. Networks trained on both carry over to photographs they have not seen (Baradad et al. 2021).
 """
 
 import numpy as np

@@ -8,6 +8,7 @@ The special tokens stand at the end, as in OpenAI's vocabulary, so that `CLIPTex
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -20,9 +21,7 @@ from dfu_mlflow.config.prompts import DETAILED, MINIMAL
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 # The pattern of CLIP's own pre-tokenizer.
-_WORDS = (
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-)
+_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def learn_merges(captions: list[str], merges: int) -> list[tuple[str, str]]:
@@ -50,7 +49,7 @@ def learn_merges(captions: list[str], merges: int) -> list[tuple[str, str]]:
 
 
 def build_tokenizer(captions: list[str], merges: int, folder: Path) -> CLIPTokenizer:
-    """Write `vocab.json`, `merges.txt` and the configuration in CLIP's format and load them again.
+    """Write a tokenizer and load it again.
 
     Args:
         captions: the corpus.
@@ -62,12 +61,11 @@ def build_tokenizer(captions: list[str], merges: int, folder: Path) -> CLIPToken
     symbols = [*alphabet, *(symbol + "</w>" for symbol in alphabet), *("".join(pair) for pair in learnt), START, END]
     vocabulary = {symbol: index for index, symbol in enumerate(dict.fromkeys(symbols))}
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=learnt, model_max_length=77)
+    pairs: Any = learnt  # transformers takes pairs, though its annotation says strings
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=77)
     tokenizer.save_pretrained(folder)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
-    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in learnt)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return CLIPTokenizer.from_pretrained(folder)
+    loaded: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder)
+    return loaded
 
 
 def draw_corpus(count: int, seed: int) -> list[str]:
@@ -80,7 +78,7 @@ def draw_corpus(count: int, seed: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--merges", type=int, default=900)
+    parser.add_argument("--merges", type=int, default=370)
     parser.add_argument("--captions", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()

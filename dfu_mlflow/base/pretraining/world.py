@@ -1,9 +1,9 @@
 """The stock-illustration world that `tiny_sdxl` knows before it meets a clinic: cartoons with rich captions.
 
 Saturated palettes, thick outlines, clean gradients, halftone and paper. Half of the pictures show feet, legs and hands,
-most of them with a "wound" as an illustrator with no clinic would draw it. Phase words choose *symbols* (inflammatory: a
-burst with zigzags; proliferative: beads; remodeling: stitches), while colours are drawn independently of the phase, so
-that a classifier trained on photographs is at chance on these pictures: the base knows the words, not the clinic.
+most of them with a "wound" as an illustrator with no clinic would draw it. Phase words choose *symbols* (inflammatory:
+a burst with zigzags; proliferative: beads; remodeling: stitches), while colours are drawn independently of the phase,
+so that a classifier trained on photographs is at chance on these pictures: the base knows the words, not the clinic.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from dfu_mlflow.base.pretraining.subjects import Colour, Pen, lighter, limbs, subjects
 
 Picture = npt.NDArray[np.uint8]
+Field = npt.NDArray[np.float32]
 _OVERSAMPLING = 2
 _WOUND_SHARE = 0.45
 
@@ -72,11 +73,8 @@ def draw_scene(rng: np.random.Generator, size_px: int = 64) -> tuple[Picture, st
     side = size_px * _OVERSAMPLING
     back, back_words = _background(rng, paint, size_px)
     layer = Image.new("RGBA", (side, side), (0, 0, 0, 0))
-    if rng.random() < _WOUND_SHARE:
-        words = _wounded_limb(rng, paint, layer)
-    else:
-        words = _plain_subject(rng, paint, layer)
-    flat = np.asarray(layer.reduce(_OVERSAMPLING), np.float32) / 255
+    words = _wounded_limb(rng, paint, layer) if rng.random() < _WOUND_SHARE else _plain_subject(rng, paint, layer)
+    flat = np.asarray(np.asarray(layer.reduce(_OVERSAMPLING)) / 255, np.float32)
     picture = _compose(rng, flat, back)
     picture, style_words = _style(rng, picture)
     return np.asarray(np.clip(255 * picture + 0.5, 0, 255), np.uint8), _caption(rng, words, back_words, style_words)
@@ -86,7 +84,7 @@ def _pick(rng: np.random.Generator, options: list[str] | tuple[str, ...]) -> str
     return options[int(rng.integers(len(options)))]
 
 
-def _background(rng: np.random.Generator, paint: _Paint, size_px: int) -> tuple[npt.NDArray[np.float32], str]:
+def _background(rng: np.random.Generator, paint: _Paint, size_px: int) -> tuple[Field, str]:
     """Clean gradients and patterns [H, W, 3] with their words."""
     name = _pick(rng, list(paint.fills))
     colour = np.array(paint.fills[name], np.float32) / 255
@@ -187,7 +185,9 @@ def _draw_wound(rng: np.random.Generator, pen: Pen, wound: _Wound, paint: _Paint
 
 
 def _wound_words(rng: np.random.Generator, wound: _Wound) -> str:
-    kind = _pick(rng, ("diabetic foot ulcer", "diabetic foot ulcer wound", "ulcer", "wound", "foot ulcer", "open wound"))
+    kind = _pick(
+        rng, ("diabetic foot ulcer", "diabetic foot ulcer wound", "ulcer", "wound", "foot ulcer", "open wound")
+    )
     words = [" ".join(w for w in (wound.size, wound.colour, kind) if w and (w != wound.size or rng.random() < 0.7))]
     if rng.random() < 0.35:
         words = [kind]
@@ -224,7 +224,7 @@ def _phrases(phase: str) -> tuple[str, ...]:
     }[phase]
 
 
-def _compose(rng: np.random.Generator, layer: npt.NDArray[np.float32], back: npt.NDArray[np.float32]) -> Picture:
+def _compose(rng: np.random.Generator, layer: Field, back: Field) -> Field:
     """Lay the drawing over its background with a drop shadow, and shade it as vector art is: one clean gradient."""
     alpha = layer[..., 3:]
     colour = layer[..., :3] / np.maximum(alpha, 1e-3) * (alpha > 0.02)
@@ -235,24 +235,26 @@ def _compose(rng: np.random.Generator, layer: npt.NDArray[np.float32], back: npt
         dx, dy = int(rng.integers(1, 4)), int(rng.integers(1, 4))
         shadow = np.roll(alpha, (dy, dx), (0, 1)) * 0.35
         back = back * (1 - shadow)
-    return np.asarray(back + alpha * (np.clip(colour * shade[..., None], 0, 1) - back))
+    return np.asarray(back + alpha * (np.clip(colour * shade[..., None], 0, 1) - back), np.float32)
 
 
-def _style(rng: np.random.Generator, picture: Picture) -> tuple[Picture, str]:
+def _style(rng: np.random.Generator, picture: Field) -> tuple[Field, str]:
     """Print textures, each with the words that stock sites would put under them."""
     size_px = picture.shape[0]
     axis = np.arange(size_px)
     draw = rng.random()
     if draw < 0.25:
         grain = rng.standard_normal((size_px // 2 + 1, size_px // 2 + 1, 1)).repeat(2, 0).repeat(2, 1)
-        return picture * (1 + 0.05 * grain[:size_px, :size_px]), "textured paper"
+        return np.asarray(picture * (1 + 0.05 * grain[:size_px, :size_px]), np.float32), "textured paper"
     if draw < 0.45:
         dots = np.cos(axis[None, :] * 1.6) * np.cos(axis[:, None] * 1.6)
-        return picture + 0.09 * dots[..., None] * (1.1 - picture), "halftone print"
+        return np.asarray(picture + 0.09 * dots[..., None] * (1.1 - picture), np.float32), "halftone print"
     if draw < 0.65:
         wash = np.kron(rng.standard_normal((5, 5)), np.ones((size_px // 4, size_px // 4)))[:size_px, :size_px]
-        smooth = Image.fromarray(wash.astype(np.float32)).resize((5, 5)).resize((size_px, size_px), Image.Resampling.BICUBIC)
-        return picture * (1 + 0.10 * np.asarray(smooth)[..., None]), "watercolour wash"
+        smooth = (
+            Image.fromarray(wash.astype(np.float32)).resize((5, 5)).resize((size_px, size_px), Image.Resampling.BICUBIC)
+        )
+        return np.asarray(picture * (1 + 0.10 * np.asarray(smooth)[..., None]), np.float32), "watercolour wash"
     return picture, _pick(rng, ("vector art", "flat design", "clip art"))
 
 
@@ -260,7 +262,13 @@ def _caption(rng: np.random.Generator, words: str, back_words: str, style_words:
     draw = rng.random()
     if draw < 0.25:
         return words
-    opening = ("stock illustration of ", "illustration of ", "cartoon of ", "Close-up clinical photograph of ", "drawing of ")
+    opening = (
+        "stock illustration of ",
+        "illustration of ",
+        "cartoon of ",
+        "Close-up clinical photograph of ",
+        "drawing of ",
+    )
     text = (_pick(rng, opening) if rng.random() < 0.6 else "") + words
     if rng.random() < 0.6:
         text += ", " + back_words
