@@ -97,7 +97,9 @@ def logged_checkpoints(client: MlflowClient, run_id: str) -> dict[str, str]:
 def _exists(run_id: str) -> bool:
     try:
         stage = MlflowClient().get_run(run_id).info.lifecycle_stage
-    except MlflowException:
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise  # the store did not answer: whether it holds the run is not known
         stage = "missing"
     if stage != "active":
         logger.warning(

@@ -1,0 +1,87 @@
+"""How entry points take their command line and how they end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import pytest
+
+from dfu_mlflow import entry
+from dfu_mlflow.errors import ConfigError, Interrupted, UserError
+from entrypoints import test as checks_entry
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "rest"),
+    [
+        ([], {"config": "tiny", "dry-run": "false"}, []),
+        (["--config", "mine.yaml", "--seed", "1"], {"config": "mine.yaml", "dry-run": "false"}, ["--seed", "1"]),
+        (["--seed", "1", "--config=x", "--dry-run"], {"config": "x", "dry-run": "true"}, ["--seed", "1"]),
+        (["--dry-run", "--seed", "1"], {"config": "tiny", "dry-run": "true"}, ["--seed", "1"]),
+        (["--dry-run", "false", "--a.b", "--c"], {"config": "tiny", "dry-run": "false"}, ["--a.b", "--c"]),
+    ],
+)
+def test_split(arguments: list[str], options: dict[str, str], rest: list[str]) -> None:
+    assert entry.split(arguments, {"config": "tiny", "dry-run": "false"}) == (options, rest)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("no images in a:\n give --data.root"), 2, "error: no images in a: give --data.root\n"),
+        (ConfigError(["--a: unknown", "--b: unknown"]), 2, "error: --a: unknown; --b: unknown\n"),
+        (Interrupted("SIGTERM, checkpoint step-12"), 130, "interrupted: SIGTERM, checkpoint step-12\n"),
+        (KeyboardInterrupt(), 130, "interrupted: stopped by the user\n"),
+    ],
+)
+def test_errors_end_in_one_line_and_a_code(
+    error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(arguments: Sequence[str]) -> int:
+        raise error
+
+    assert entry.run(main, []) == code
+    assert capsys.readouterr().err == line
+
+
+def test_codes_and_defects_pass_through() -> None:
+    def main(arguments: Sequence[str]) -> int:
+        if arguments:
+            raise ZeroDivisionError(arguments[0])
+        return 7
+
+    assert entry.run(main, []) == 7
+    with pytest.raises(ZeroDivisionError):
+        entry.run(main, ["a defect"])
+
+
+def test_checks_fail_together_and_keep_the_users_tracking_store(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Every check runs though one fails, and none sees the run that `mlflow run` made for this process."""
+    show = 'import os; print("seen:", [name for name in os.environ if name.startswith("MLFLOW_")])'
+    monkeypatch.setattr(
+        checks_entry,
+        "checks",
+        lambda config: {"first": ["json.tool", os.devnull], "second": ["timeit", "-n", "1", "-r", "1", show]},
+    )
+    for name in list(os.environ):
+        if name.startswith("MLFLOW_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("MLFLOW_RUN_ID", "1" * 32)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    assert checks_entry.main([]) == 1
+    output = capfd.readouterr()
+    assert "seen: []" in output.out
+    assert "failed: first" in output.err
+    assert os.environ["MLFLOW_RUN_ID"] == "1" * 32
+
+
+def test_fast_leaves_slow_tests_out_and_pytest_comes_last() -> None:
+    config = checks_entry.ChecksConfig(fast=True, only="tests/config tests/project", workers=0)
+    *_, (name, command) = checks_entry.checks(config).items()
+    assert name == "pytest"
+    assert command[command.index("-m") + 1] == "not slow"
+    assert command[-2:] == ["tests/config", "tests/project"]
+    assert "-m" not in checks_entry.checks(checks_entry.ChecksConfig())["pytest"]
