@@ -3,13 +3,40 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from dfu_mlflow.errors import Interrupted, UserError
 
 USER_ERROR_CODE = 2
 INTERRUPTED_CODE = 130
 """What shells report for a program ended by Ctrl-C (128 + SIGINT)."""
+
+
+def split(arguments: Sequence[str], options: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Take an entry point's own options out of a command line; the rest are flags of the configuration.
+
+    Args:
+        arguments: as typed: `--name value`, `--name=value`, or `--name` alone, which means true.
+        options: name -> default.
+
+    Returns:
+        The options with their values, and the other arguments in their order.
+    """
+    values, rest = dict(options), list(arguments)
+    for name in options:
+        for position, argument in enumerate(rest):
+            if argument.split("=", 1)[0] != f"--{name}":
+                continue
+            following = rest[position + 1 : position + 2]
+            if "=" in argument:
+                values[name], used = argument.split("=", 1)[1], 1
+            elif following and not following[0].startswith("--"):
+                values[name], used = following[0], 2
+            else:
+                values[name], used = "true", 1
+            del rest[position : position + used]
+            break
+    return values, rest
 
 
 def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> int:

@@ -95,6 +95,23 @@ class Latents:
 
 
 @dataclass(frozen=True)
+class Draws:
+    """The random part of a micro-batch; row i depends on (seed, sample index of i) alone.
+
+    Attributes:
+        dropped: bool [B], captions to drop.
+        timesteps: int64 [B].
+        posterior: [B, C, h, w], standard normal, picks a latent from the autoencoder's posterior.
+        noise: [B, C, h, w], standard normal plus the noise offset.
+    """
+
+    dropped: torch.Tensor
+    timesteps: torch.Tensor
+    posterior: torch.Tensor
+    noise: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch.
 
@@ -105,6 +122,7 @@ class Batch:
         sample_ids: global sample index of each row since the start of training; every random draw depends on
             (seed, purpose, sample index) alone, so neither batch size nor rank count changes what a sample sees.
         names: file (and box) of each row, for messages.
+        draws: its random part.
     """
 
     latents: torch.Tensor
@@ -112,6 +130,7 @@ class Batch:
     time_ids: torch.Tensor
     sample_ids: tuple[int, ...]
     names: tuple[str, ...]
+    draws: Draws
 
     def __len__(self) -> int:
         return int(self.latents.shape[0])

@@ -5,8 +5,9 @@ The defaults are those of the embedded base (`tiny_sdxl`) on the embedded data (
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -18,7 +19,29 @@ NotNegative = Annotated[float, Field(ge=0.0)]
 class Section(BaseModel):
     """A part of the configuration: immutable, and unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,  # YAML reads the class label 0 as a number
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_from_text(cls, values: Any) -> Any:
+        """`a,b` for a list: what `-P data.classes=a,b` says without quoting brackets for the shell."""
+        if not isinstance(values, Mapping):
+            return values
+        lists = {
+            name
+            for name, info in cls.model_fields.items()
+            if tuple in map(get_origin, (info.annotation, *get_args(info.annotation)))
+        }
+        return {
+            name: [part.strip() for part in value.split(",")] if name in lists and isinstance(value, str) else value
+            for name, value in values.items()
+        }
 
 
 class PhantomConfig(Section):
@@ -144,8 +167,10 @@ class PerceptualLossConfig(Section):
     enabled: bool = False
     weight: Annotated[float, Field(gt=0.0)] = 0.01
     network: Literal["efficientnet_lite0", "vgg16"] = "efficientnet_lite0"
-    layer: Positive = 3
-    """Depth: which stage's features are compared (1 is the shallowest)."""
+    weights: Path | None = None
+    """VGG16's weights; None looks into torch's hub cache."""
+    layer: Annotated[int, Field(ge=1, le=5)] = 3
+    """Depth: features after this many resolutions are compared (1 is the shallowest)."""
     max_timestep: Annotated[int, Field(ge=1, le=1000)] = 250
     """Only predictions from timesteps below this are decoded: above it the predicted image is a blur."""
 
@@ -219,11 +244,10 @@ class MetricsConfig(Section):
     """Features and intervals."""
 
     extractor: Literal["efficientnet_lite0"] = "efficientnet_lite0"
-    extractor_size_px: Annotated[int, Field(ge=32, le=1024)] = 224
+    extractor_size_px: Annotated[int, Field(ge=32, le=1024)] = 96
     inception_weights: Path | None = None
     """InceptionV3 as ported for FID (`pt_inception-2015-12-05-6726825d.pth` or safetensors); enables `eval/fid`."""
     allow_download: bool = False
-    interval_draws: Annotated[int, Field(ge=20)] = 200
     floor_draws: Annotated[int, Field(ge=20)] = 20
 
 

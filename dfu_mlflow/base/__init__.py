@@ -1,0 +1,1 @@
+"""The models that fine-tuning starts from, and the weights that learn."""

@@ -1,0 +1,45 @@
+"""The base's autoencoder as the data layer needs it: pixels in, posterior moments out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dfu_mlflow.base.load import part_digest
+
+
+class VaeEncoder:
+    """Encodes photographs; satisfies `dfu_mlflow.data.dataset.LatentEncoder`.
+
+    Args:
+        vae: AutoencoderKL; float32, because SDXL's own overflows in half precision.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae
+        self._identity = f"{part_digest(vae)[:32]}-{str(vae.dtype).removeprefix('torch.')}"
+
+    @property
+    def identity(self) -> str:
+        """Digest of the weights, and the dtype."""
+        return self._identity
+
+    @torch.no_grad()
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, H, W, 3] -> float32 [B, 2C, h, w]: mean and standard deviation of the posterior, unscaled."""
+        posterior = self.vae.encode(to_signed(pixels).to(self.vae.device, self.vae.dtype)).latent_dist
+        return torch.cat([posterior.mean, posterior.std], dim=1).float().cpu()
+
+
+@torch.no_grad()
+def autoencode(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Photographs as the autoencoder gives them back: no sampler on it does better. uint8 [B, H, W, 3] both ways."""
+    images = to_signed(pixels).to(vae.device, vae.dtype)
+    decoded = vae.decode(vae.encode(images).latent_dist.mode(), return_dict=False)[0]
+    return ((decoded.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu()
+
+
+def to_signed(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in -1..1."""
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0

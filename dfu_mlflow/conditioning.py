@@ -1,0 +1,147 @@
+"""Prompts -> what the UNet is told, in training exactly as in sampling.
+
+Embeddings come from `StableDiffusionXLPipeline.encode_prompt` itself (penultimate layer of both encoders, pooled from
+the second), each prompt encoded on its own, so parity with sampling holds by construction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from dfu_mlflow.base.load import part_digest
+from dfu_mlflow.data.cache import RowCache
+from dfu_mlflow.types import Conditioning
+
+TOKENS = 77
+
+
+@dataclass(frozen=True)
+class Conditioner:
+    """The encoded prompts of all classes.
+
+    Attributes:
+        classes: K class labels; class ids index the rows below.
+        prompts: K prompts.
+        embeddings: [K, L, D].
+        pooled: [K, P].
+        empty_embeddings, empty_pooled: [1, L, D] and [1, P]: what sampling uses as unconditional when no negative
+            prompt is given (zeros where the base forces zeros), and what a dropped caption trains.
+        negative_embeddings, negative_pooled: what guidance pushes away from.
+    """
+
+    classes: tuple[str, ...]
+    prompts: tuple[str, ...]
+    embeddings: torch.Tensor
+    pooled: torch.Tensor
+    empty_embeddings: torch.Tensor
+    empty_pooled: torch.Tensor
+    negative_embeddings: torch.Tensor
+    negative_pooled: torch.Tensor
+
+    def training(self, class_ids: torch.Tensor, dropped: torch.Tensor, time_ids: torch.Tensor) -> Conditioning:
+        """Conditioning of a micro-batch.
+
+        Args:
+            class_ids: int64 [B].
+            dropped: bool [B], captions to replace by the unconditional.
+            time_ids: float32 [B, 6].
+        """
+        device = self.embeddings.device
+        class_ids, dropped = class_ids.to(device), dropped.to(device)
+        embeddings = torch.where(dropped[:, None, None], self.empty_embeddings, self.embeddings[class_ids])
+        pooled = torch.where(dropped[:, None], self.empty_pooled, self.pooled[class_ids])
+        return Conditioning(embeddings, pooled, time_ids.to(device))
+
+    def sampling(self, class_ids: torch.Tensor) -> dict[str, Any]:
+        """Arguments for the pipeline's call. class_ids: int64 [B]."""
+        count = len(class_ids)
+        class_ids = class_ids.to(self.embeddings.device)
+        return {
+            "prompt_embeds": self.embeddings[class_ids],
+            "pooled_prompt_embeds": self.pooled[class_ids],
+            "negative_prompt_embeds": self.negative_embeddings.expand(count, -1, -1),
+            "negative_pooled_prompt_embeds": self.negative_pooled.expand(count, -1),
+        }
+
+    def to(self, device: torch.device) -> Conditioner:
+        """The same embeddings on another device."""
+        tensors = (
+            self.embeddings,
+            self.pooled,
+            self.empty_embeddings,
+            self.empty_pooled,
+            self.negative_embeddings,
+            self.negative_pooled,
+        )
+        return Conditioner(self.classes, self.prompts, *(tensor.to(device) for tensor in tensors))
+
+
+def encode_prompts(
+    pipe: StableDiffusionXLPipeline, prompts: dict[str, str], negative_prompt: str, cache: RowCache | None = None
+) -> Conditioner:
+    """Encode one prompt a class, the unconditional and the negative prompt.
+
+    Args:
+        prompts: class label -> prompt.
+        negative_prompt: empty for none.
+        cache: embeddings by text and encoder weights; None encodes anew.
+    """
+    texts = list(prompts.values())
+    rows = _rows(pipe, [*texts, negative_prompt] if negative_prompt else texts, cache)
+    width = rows.shape[1] - int(pipe.text_encoder_2.config.projection_dim)
+    embeddings = rows[:, :width].reshape(len(rows), TOKENS, -1).clone()
+    pooled = rows[:, width:].clone()
+    empty_embeddings, empty_pooled = _unconditional(pipe)
+    count = len(texts)
+    return Conditioner(
+        classes=tuple(prompts),
+        prompts=tuple(texts),
+        embeddings=embeddings[:count],
+        pooled=pooled[:count],
+        empty_embeddings=empty_embeddings,
+        empty_pooled=empty_pooled,
+        negative_embeddings=embeddings[count:] if negative_prompt else empty_embeddings,
+        negative_pooled=pooled[count:] if negative_prompt else empty_pooled,
+    )
+
+
+def prompt_length(pipe: StableDiffusionXLPipeline, prompts: Sequence[str]) -> int:
+    """Tokens of the longest prompt by the base's first tokenizer, the two special ones included, before truncation."""
+    return max(len(pipe.tokenizer(prompt).input_ids) for prompt in prompts)
+
+
+def _rows(pipe: StableDiffusionXLPipeline, texts: list[str], cache: RowCache | None) -> torch.Tensor:
+    """[K, L * D + P]: embeddings and pooled side by side, one row a text."""
+
+    def compute(positions: list[int]) -> torch.Tensor:
+        return torch.stack([_encode(pipe, texts[position]) for position in positions])
+
+    if cache is None:
+        return compute(list(range(len(texts))))
+    encoders = part_digest(pipe.text_encoder)[:16] + part_digest(pipe.text_encoder_2)[:16]
+    keys = [_tokens_key(pipe, text) for text in texts]
+    return cache.rows(f"embeddings-{encoders}", keys, compute)
+
+
+def _tokens_key(pipe: StableDiffusionXLPipeline, text: str) -> str:
+    """The token ids say what the encoders see, whatever vocabulary made them."""
+    ids = [pipe.tokenizer(text).input_ids, pipe.tokenizer_2(text).input_ids]
+    return hashlib.sha256(repr(ids).encode()).hexdigest()
+
+
+@torch.no_grad()
+def _encode(pipe: StableDiffusionXLPipeline, text: str) -> torch.Tensor:
+    embeddings, _, pooled, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False)
+    return torch.cat([embeddings[0].flatten(), pooled[0]]).float().cpu()
+
+
+@torch.no_grad()
+def _unconditional(pipe: StableDiffusionXLPipeline) -> tuple[torch.Tensor, torch.Tensor]:
+    _, embeddings, _, pooled = pipe.encode_prompt("", negative_prompt=None, do_classifier_free_guidance=True)
+    return embeddings.float().cpu(), pooled.float().cpu()

@@ -1,0 +1,74 @@
+"""Exponential moving average of the trained weights: float32, matched by name, stepped once an optimizer update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+class ExponentialMovingAverage:
+    """Keeps `average` beside the live weights.
+
+    Args:
+        weights: what learns, by name.
+        decay: largest decay.
+        warmup: let the decay grow as (1 + n) / (10 + n) after n updates (the ramp of TensorFlow's
+            ExponentialMovingAverage, as diffusers' EMAModel has it), so that the start is forgotten at once.
+    """
+
+    def __init__(self, weights: Mapping[str, nn.Parameter], decay: float, warmup: bool) -> None:
+        self.decay = decay
+        self.warmup = warmup
+        self.updates = 0
+        self.average = {name: weight.detach().float().clone() for name, weight in weights.items()}
+
+    def current_decay(self) -> float:
+        """Decay that the next update uses."""
+        ramp = (1 + self.updates) / (10 + self.updates)
+        return min(self.decay, ramp) if self.warmup else self.decay
+
+    @torch.no_grad()
+    def update(self, weights: Mapping[str, nn.Parameter]) -> None:
+        """average <- decay * average + (1 - decay) * live.
+
+        Raises:
+            ValueError: when the names are not the ones the average was made from.
+        """
+        self._check_names(weights)
+        names = list(self.average)
+        live = [weights[name].detach().float() for name in names]
+        torch._foreach_lerp_([self.average[name] for name in names], live, 1.0 - self.current_decay())
+        self.updates += 1
+
+    @contextmanager
+    def applied(self, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
+        """The live weights hold the average inside this block, and exactly their own values after it."""
+        self._check_names(weights)
+        kept = {name: weight.detach().clone() for name, weight in weights.items()}
+        copy_into(weights, self.average)
+        try:
+            yield
+        finally:
+            copy_into(weights, kept)
+
+    def load(self, average: Mapping[str, torch.Tensor], updates: int) -> None:
+        """Continue from a checkpoint."""
+        self._check_names(average)
+        for name, value in self.average.items():
+            value.copy_(average[name])
+        self.updates = updates
+
+    def _check_names(self, weights: Mapping[str, object]) -> None:
+        if weights.keys() != self.average.keys():
+            odd = sorted(weights.keys() ^ self.average.keys())
+            raise ValueError(f"EMA holds other weights than the model: {odd[:3]} ({len(odd)} names differ)")
+
+
+@torch.no_grad()
+def copy_into(weights: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    """Copy values into weights by name, on the weights' own device and dtype."""
+    for name, weight in weights.items():
+        weight.copy_(values[name])

@@ -1,0 +1,156 @@
+"""One evaluation: validation losses, sample grids, generated images -> features -> metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dfu_mlflow.config.schema import EvaluationConfig
+from dfu_mlflow.metrics.extractors.base import Extractor
+from dfu_mlflow.metrics.reference import Reference
+from dfu_mlflow.objective import Objective
+from dfu_mlflow.preparation import Material
+from dfu_mlflow.runtime import derive_seed
+from dfu_mlflow.sampling import Settings, generate
+from dfu_mlflow.types import EvalReport
+from dfu_mlflow.validation import ValidationGrid, validation_figures, validation_losses
+
+
+@dataclass(frozen=True)
+class Panel:
+    """An extractor with the real photographs that its features are compared against."""
+
+    extractor: Extractor
+    reference: Reference
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The untouched base's figures, which progress and paired changes refer to.
+
+    Attributes:
+        reports: one a panel.
+        losses: float64 [M, T], of the validation grid.
+    """
+
+    reports: tuple[EvalReport, ...]
+    losses: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one evaluation of one set of weights gave.
+
+    Attributes:
+        reports: one a panel.
+        losses: float64 [M, T], of the validation grid.
+        grids: class label -> uint8 [H, K * W, 3], pictures from fixed seeds side by side.
+        figures: metric name -> value, with `_low` and `_high` where there is an interval.
+        validation: figure name -> value.
+    """
+
+    reports: tuple[EvalReport, ...]
+    losses: torch.Tensor
+    grids: dict[str, np.ndarray]
+    figures: dict[str, float]
+    validation: dict[str, float]
+
+
+class Evaluator:
+    """Measures the weights that are in the UNet now.
+
+    Args:
+        material: base, prompts and held-out latents.
+        objective: for the validation loss.
+        settings: how pictures are drawn.
+        panels: what is measured on them; the first one's counts decide how many are drawn.
+        config: how much is measured.
+        between_batches: called between batches; raises to stop.
+    """
+
+    def __init__(
+        self,
+        material: Material,
+        objective: Objective,
+        settings: Settings,
+        panels: tuple[Panel, ...],
+        config: EvaluationConfig,
+        between_batches: Callable[[], None],
+    ) -> None:
+        self.material = material
+        self.objective = objective
+        self.settings = settings
+        self.panels = panels
+        self.config = config
+        self.between_batches = between_batches
+        self.grid = ValidationGrid.build(
+            material.held_out,
+            float(material.pipe.vae.config.scaling_factor),
+            config.validation_images,
+            config.validation_timesteps,
+            config.seed,
+        )
+
+    def measure(self, shown: str, base: Baseline | None, batch_size: int) -> Measurement:
+        """Evaluate the weights in the UNet; `shown` says which they are, `live` or `ema`."""
+        unet = self.material.pipe.unet
+        unet.eval()
+        losses = validation_losses(unet, self.objective, self.material.conditioner, self.grid, self.between_batches)
+        images, class_ids, counted = self.draw(batch_size)
+        reports = []
+        for number, panel in enumerate(self.panels):
+            features = panel.extractor(torch.from_numpy(images)[counted])
+            before = base.reports[number] if base else None
+            reports.append(panel.reference.report(features, class_ids[counted], before, shown))
+        return Measurement(
+            tuple(reports),
+            losses,
+            self.sample_grids(images, class_ids),
+            flatten_reports(reports),
+            validation_figures(losses, base.losses if base else None, self.grid.timesteps),
+        )
+
+    def draw(self, batch_size: int) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+        """Images from the same seeds in every epoch: uint8 [N, H, W, 3], int64 [N], and which the metrics count [N]."""
+        plan = self.panels[0].reference.generation_plan(self.config.samples) if self.panels else {}
+        classes = self.material.conditioner.classes
+        ids, seeds, counted = [], [], []
+        for class_id in range(len(classes)):
+            wanted = int(plan.get(classes[class_id], 0))
+            for number in range(max(wanted, self.config.grid_per_class)):
+                ids.append(class_id)
+                counted.append(number < wanted)
+                seeds.append(derive_seed(self.config.seed, "evaluation", class_id, number))
+        class_ids = torch.tensor(ids)
+        images = generate(
+            self.material.pipe,
+            self.material.conditioner,
+            class_ids,
+            seeds,
+            self.settings,
+            self.between_batches,
+            batch_size,
+        )
+        return images, class_ids, torch.tensor(counted)
+
+    def sample_grids(self, images: np.ndarray, class_ids: torch.Tensor) -> dict[str, np.ndarray]:
+        """The first pictures of each class in a row."""
+        count = self.config.grid_per_class
+        return {
+            label: np.concatenate(list(images[(class_ids == class_id).numpy()][:count]), axis=1)
+            for class_id, label in enumerate(self.material.conditioner.classes)
+        }
+
+
+def flatten_reports(reports: Sequence[EvalReport]) -> dict[str, float]:
+    """Metric name -> value; interval ends get `_low` and `_high`."""
+    figures: dict[str, float] = {}
+    for report in reports:
+        for name, estimate in report.values.items():
+            figures[name] = estimate.value
+            if estimate.low is not None and estimate.high is not None:
+                figures[f"{name}_low"], figures[f"{name}_high"] = estimate.low, estimate.high
+    return figures

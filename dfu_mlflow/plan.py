@@ -1,0 +1,69 @@
+"""`--dry-run`: the resolved configuration and what it would do, without training."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from dfu_mlflow.base.load import resolve_base
+from dfu_mlflow.config.load import dump_yaml
+from dfu_mlflow.config.schema import RunConfig
+from dfu_mlflow.memory import GIB, memory_plan
+from dfu_mlflow.preparation import Source, read_source
+from dfu_mlflow.trainer import steps_per_epoch
+
+
+def print_plan(config: RunConfig) -> None:
+    """Print the configuration, the images by class and patient, the steps and the estimated memory and disk.
+
+    Raises:
+        UserError: for whatever would stop the run itself before its first step.
+    """
+    source = read_source(config)
+    print(dump_yaml(config))
+    print("\n".join([*_data_lines(source), *_step_lines(config, source), *_size_lines(config)]))
+
+
+def _data_lines(source: Source) -> list[str]:
+    lines = ["# Photographs"]
+    for side, records in (("train", source.split.train), ("held out", source.split.held_out)):
+        for label in source.split.classes:
+            chosen = [record for record in records if record.label == label]
+            patients = len({record.patient for record in chosen})
+            lines.append(f"{side:>8}  class {label}: {len(chosen)} images of {patients} patients")
+    if source.audit.problems:
+        lines += ["", "# Files with problems", source.audit.table()]
+    lines += ["", "# Prompts"] + [f"{label}: {prompt}" for label, prompt in source.prompts.items()]
+    return lines
+
+
+def _step_lines(config: RunConfig, source: Source) -> list[str]:
+    train = config.train
+    steps = steps_per_epoch(config, len(source.split.train) * config.data.views_per_image)
+    samples = steps * train.batch_size * train.gradient_accumulation_steps
+    return [
+        "",
+        "# Steps",
+        f"{train.epochs} epochs of {steps} optimizer steps of {train.batch_size} x {train.gradient_accumulation_steps} "
+        f"samples: {train.epochs * steps} steps, {train.epochs * samples} samples",
+    ]
+
+
+def _size_lines(config: RunConfig) -> list[str]:
+    plan = memory_plan(config, resolve_base(config.base_model))
+    kept = config.checkpoint.keep_last + 2  # the best one, and the one being written
+    place = config.output_dir
+    while not place.exists():
+        place = place.parent
+    free_gib = shutil.disk_usage(Path(place)).free / GIB
+    parts = [f"  {name:<32}{gib:8.2f} GiB" for name, gib in plan["memory_gib"].items()]
+    return [
+        "",
+        "# Size",
+        f"UNet: {plan['unet_weights']:,} weights; {plan['trained_weights']:,} are trained "
+        f"({100 * plan['trainable_fraction']:.1f} % with the adapters counted in)",
+        "estimated peak memory of training:",
+        *parts,
+        f"  {'sum':<32}{sum(plan['memory_gib'].values()):8.2f} GiB",
+        f"disk for checkpoints: {kept} x {plan['checkpoint_gib']:.2f} GiB; free at {place}: {free_gib:.1f} GiB",
+    ]

@@ -1,0 +1,103 @@
+"""Everything a run needs before its first step: checked first, loaded after, cached where it is costly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from dfu_mlflow.base.autoencoder import VaeEncoder
+from dfu_mlflow.base.load import check_resolution, load_base, resolve_base
+from dfu_mlflow.conditioning import Conditioner, encode_prompts
+from dfu_mlflow.config.prompts import resolve_prompts
+from dfu_mlflow.config.schema import RunConfig
+from dfu_mlflow.data import Audit, RowCache, default_cache_dir, encode_evaluation_latents, encode_latents, load_split
+from dfu_mlflow.runtime import pick_device
+from dfu_mlflow.sampling import Settings
+from dfu_mlflow.types import Latents, Split
+
+
+@dataclass(frozen=True)
+class Source:
+    """The photographs and what they are called.
+
+    Attributes:
+        split: records by patient.
+        audit: what was wrong with the files.
+        prompts: class label -> prompt, in the order of the class ids.
+    """
+
+    split: Split
+    audit: Audit
+    prompts: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What training and evaluation work on.
+
+    Attributes:
+        source: the photographs.
+        pipe: the base; its UNet is what will be trained.
+        conditioner: encoded prompts.
+        train, held_out: latents of the training views and of the held-out pictures' evaluation views.
+        cache: where costly rows are kept.
+        encoder: the autoencoder's identity and first half.
+        device: where the networks are.
+    """
+
+    source: Source
+    pipe: StableDiffusionXLPipeline
+    conditioner: Conditioner
+    train: Latents
+    held_out: Latents
+    cache: RowCache
+    encoder: VaeEncoder
+    device: torch.device
+
+
+def read_source(config: RunConfig) -> Source:
+    """Find, audit and split the photographs; every complaint comes before anything heavy is loaded.
+
+    Raises:
+        UserError: see `load_split`, `resolve_prompts` and `resolve_base`.
+    """
+    resolve_base(config.base_model)
+    split, audit = load_split(config.data, config.seed)
+    return Source(split, audit, resolve_prompts(config.prompts, split.classes))
+
+
+def prepare(config: RunConfig, source: Source) -> Material:
+    """Load the base; encode photographs and prompts, or find them in the cache.
+
+    Raises:
+        UserError: for a base that does not load or does not fit the resolution.
+    """
+    pipe = load_base(config.base_model)
+    check_resolution(pipe, config.data.resolution_px)
+    device = pick_device(config.device)
+    cache = RowCache(default_cache_dir(config.data))
+    conditioner = encode_prompts(pipe, source.prompts, config.prompts.negative_prompt, cache)
+    pipe.vae.to(device)
+    encoder = VaeEncoder(pipe.vae)
+    train = encode_latents(source.split.train, config.data, config.seed, cache, encoder)
+    held_out = encode_evaluation_latents(source.split.held_out, config.data, cache, encoder)
+    return Material(source, pipe, conditioner.to(device), train, held_out, cache, encoder, device)
+
+
+def sampling_settings(config: RunConfig, train: Latents) -> Settings:
+    """How this run draws pictures; the size told to the model is what it was told most in training."""
+    told = config.sampling.original_size_px
+    if told is None:
+        height, width = train.time_ids[:, :2].median(dim=0).values.tolist()
+        told = (int(height), int(width))
+    return Settings(
+        guidance_scale=config.sampling.guidance_scale,
+        num_inference_steps=config.sampling.num_inference_steps,
+        resolution_px=config.data.resolution_px,
+        original_size_px=told,
+        scheduler=config.sampling.scheduler,
+        guidance_rescale=config.sampling.guidance_rescale,
+        prediction_type=config.loss.prediction_type,
+    )

@@ -1,0 +1,221 @@
+"""Seeded generation: the same code draws for evaluation, for `sample` and for the server.
+
+An image depends on (model, class, seed, settings) alone, not on the batch it was drawn in: the first noise comes from
+the image's own seed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UniPCMultistepScheduler,
+)
+from safetensors.torch import load_file
+
+from dfu_mlflow.base.adapters import attach
+from dfu_mlflow.base.load import load_base
+from dfu_mlflow.conditioning import Conditioner, encode_prompts
+from dfu_mlflow.config.schema import AdapterConfig
+from dfu_mlflow.ema import copy_into
+from dfu_mlflow.errors import UserError
+from dfu_mlflow.runtime import generator, pick_device
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are drawn.
+
+    Attributes:
+        guidance_scale: w of classifier-free guidance, e(none) + w (e(prompt) - e(none)); 1 and below use the prompt alone.
+        num_inference_steps: solver steps.
+        scheduler: `base` (the base's own), `ddim`, `euler`, `dpmpp_2m` or `unipc`.
+        guidance_rescale: share of the contrast restored after guidance.
+        resolution_px: edge of the square image.
+        original_size_px: (height, width) told to the model.
+        prediction_type: what the UNet predicts; None is the base's own.
+    """
+
+    guidance_scale: float
+    num_inference_steps: int
+    resolution_px: int
+    original_size_px: tuple[int, int]
+    scheduler: str = "base"
+    guidance_rescale: float = 0.0
+    prediction_type: str | None = None
+
+
+def build_scheduler(config: dict[str, Any], name: str, prediction_type: str | None) -> Any:
+    """A fresh solver (they carry state from step to step) on the base's own noise schedule."""
+    kinds = {
+        "ddim": DDIMScheduler,
+        "euler": EulerDiscreteScheduler,
+        "dpmpp_2m": DPMSolverMultistepScheduler,
+        "unipc": UniPCMultistepScheduler,
+    }
+    change = {} if prediction_type is None else {"prediction_type": prediction_type}
+    if name == "base":
+        return getattr(diffusers, str(config["_class_name"])).from_config(config, **change)
+    return kinds[name].from_config(config, **change)
+
+
+@torch.no_grad()
+def generate(
+    pipe: StableDiffusionXLPipeline,
+    conditioner: Conditioner,
+    class_ids: torch.Tensor,
+    seeds: Sequence[int],
+    settings: Settings,
+    between_batches: Callable[[], None] | None = None,
+    batch_size: int = 64,
+) -> np.ndarray:
+    """Draw one image for each (class id, seed).
+
+    Args:
+        class_ids: int64 [N].
+        between_batches: called before each batch; raises to stop.
+
+    Returns:
+        uint8 [N, H, W, 3].
+    """
+    images = []
+    for start in range(0, len(seeds), batch_size):
+        if between_batches is not None:
+            between_batches()
+        rows = slice(start, start + batch_size)
+        images.append(_draw_batch(pipe, conditioner.sampling(class_ids[rows]), seeds[rows], settings))
+    return np.concatenate(images)
+
+
+def _draw_batch(
+    pipe: StableDiffusionXLPipeline, told: dict[str, Any], seeds: Sequence[int], settings: Settings
+) -> np.ndarray:
+    edge = settings.resolution_px // pipe.vae_scale_factor
+    shape = (int(pipe.unet.config.in_channels), edge, edge)
+    sources = [generator(seed, "image") for seed in seeds]
+    noise = torch.stack([torch.randn(shape, generator=source) for source in sources])
+    kept = pipe.scheduler
+    pipe.scheduler = build_scheduler(dict(kept.config), settings.scheduler, settings.prediction_type)
+    try:
+        output = pipe(
+            **told,
+            latents=noise.to(pipe.unet.device, pipe.unet.dtype),
+            generator=sources,
+            height=settings.resolution_px,
+            width=settings.resolution_px,
+            original_size=settings.original_size_px,
+            guidance_scale=settings.guidance_scale,
+            guidance_rescale=settings.guidance_rescale,
+            num_inference_steps=settings.num_inference_steps,
+            output_type="pt",
+        ).images
+    finally:
+        pipe.scheduler = kept
+    pixels: np.ndarray = (output.float() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return pixels
+
+
+class Sampler:
+    """A fine-tuned model that draws pictures by class label: what the registry packages and serves.
+
+    Args:
+        pipe: the base with the fine-tuned weights in it.
+        conditioner: its encoded prompts.
+        settings: the defaults.
+        batch_size: images drawn at a time.
+    """
+
+    def __init__(
+        self, pipe: StableDiffusionXLPipeline, conditioner: Conditioner, settings: Settings, batch_size: int
+    ) -> None:
+        self.pipe = pipe
+        self.conditioner = conditioner
+        self.settings = settings
+        self.batch_size = batch_size
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Labels that can be drawn."""
+        return self.conditioner.classes
+
+    @property
+    def defaults(self) -> dict[str, float | int]:
+        """Guidance and steps that `draw` uses when not told others."""
+        return {
+            "guidance_scale": self.settings.guidance_scale,
+            "num_inference_steps": self.settings.num_inference_steps,
+        }
+
+    def draw(
+        self,
+        labels: Sequence[str],
+        seeds: Sequence[int],
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+    ) -> np.ndarray:
+        """One image for each (label, seed): uint8 [N, H, W, 3].
+
+        Raises:
+            UserError: for a label the model does not know, or labels and seeds of different length.
+        """
+        unknown = sorted(set(labels) - set(self.classes))
+        if unknown:
+            raise UserError(f"unknown class {', '.join(unknown)}: this model draws {', '.join(self.classes)}")
+        if len(labels) != len(seeds):
+            raise UserError(f"{len(labels)} labels but {len(seeds)} seeds: give one seed an image")
+        change: dict[str, Any] = {}
+        if guidance_scale is not None:
+            change["guidance_scale"] = guidance_scale
+        if num_inference_steps is not None:
+            change["num_inference_steps"] = num_inference_steps
+        settings = Settings(**{**asdict(self.settings), **change})
+        ids = torch.tensor([self.classes.index(label) for label in labels])
+        return generate(self.pipe, self.conditioner, ids, seeds, settings, batch_size=self.batch_size)
+
+    @classmethod
+    def load(cls, bundle: Path, device: str = "auto") -> Self:
+        """Open what `dfu_mlflow.bundle.write_bundle` wrote.
+
+        Raises:
+            UserError: when the folder is no bundle, or its base is not at hand.
+        """
+        facts = read_bundle(bundle)
+        pipe = load_base(str(bundle / "base") if facts["base"]["bundled"] else facts["base"]["source"])
+        adapter = AdapterConfig.model_validate(facts["adapter"])
+        weights = attach(pipe.unet, adapter, seed=0)
+        copy_into(weights, load_file(bundle / "weights.safetensors"))
+        pipe.unet.requires_grad_(False).eval()
+        conditioner = encode_prompts(pipe, facts["prompts"], facts["negative_prompt"])
+        target = pick_device(device)
+        pipe.to(target)
+        settings = dict(facts["settings"])
+        settings["original_size_px"] = tuple(settings["original_size_px"])
+        return cls(pipe, conditioner.to(target), Settings(**settings), int(facts["batch_size"]))
+
+
+def read_bundle(bundle: Path) -> dict[str, Any]:
+    """The facts of a bundle folder.
+
+    Raises:
+        UserError: when it is none, or of another format.
+    """
+    try:
+        facts = dict(json.loads((bundle / "sampler.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        raise UserError(f"{bundle} is no sampler: it has no readable sampler.json") from None
+    if facts.get("format") != FORMAT:
+        raise UserError(f"{bundle} has format {facts.get('format')}, this version reads {FORMAT}")
+    return facts

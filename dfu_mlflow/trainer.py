@@ -1,0 +1,360 @@
+"""The training loop. It knows no tracker and no tuner: plain numbers go out through hooks.
+
+fit -> train_epoch -> train_step -> forward_backward.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dfu_mlflow.base.adapters import Weights
+from dfu_mlflow.checkpoint import Checkpoint, CheckpointStore, checkpoint_name, load_optimizer, optimizer_tensors
+from dfu_mlflow.conditioning import Conditioner
+from dfu_mlflow.config.schema import RunConfig
+from dfu_mlflow.data import epoch_order
+from dfu_mlflow.ema import ExponentialMovingAverage, copy_into
+from dfu_mlflow.errors import Interrupted, UserError
+from dfu_mlflow.objective import LossTerms, Objective, draw
+from dfu_mlflow.perceptual import gradient_shares
+from dfu_mlflow.runtime import derive_seed
+from dfu_mlflow.schedules import lr_factor
+from dfu_mlflow.types import Batch, Latents
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is trained, on what.
+
+    Attributes:
+        unet: the network, with adapters if there are any.
+        weights: what learns, by name.
+        optimizer: over `weights`, in their order.
+        objective: the loss.
+        conditioner: encoded prompts.
+        latents: the training rows.
+        scaling_factor: what the autoencoder's latents are multiplied by.
+        ema: the moving average, or None.
+    """
+
+    unet: nn.Module
+    weights: Weights
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    conditioner: Conditioner
+    latents: Latents
+    scaling_factor: float
+    ema: ExponentialMovingAverage | None
+
+
+@dataclass(frozen=True)
+class Score:
+    """How good an evaluated checkpoint is.
+
+    Attributes:
+        value: smaller is better.
+        shown: the weights it was measured on, `live` or `ema`.
+    """
+
+    value: float
+    shown: str
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """How the loop speaks to the outside.
+
+    Attributes:
+        evaluate: (epoch, training figures of that epoch) -> score, or None where there is none.
+        on_step: (optimizer step, figures).
+        before_checkpoint: called before a checkpoint is written, so that what it covers is stored elsewhere first.
+        should_stop: asked after each step.
+        facts: extra entries for the checkpoint's state.
+    """
+
+    evaluate: Callable[[int, dict[str, float]], Score | None]
+    on_step: Callable[[int, dict[str, float]], None]
+    before_checkpoint: Callable[[], None]
+    should_stop: Callable[[], bool]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Progress:
+    """Where training stands; everything here is in the checkpoint.
+
+    Attributes:
+        step: optimizer steps done, skipped ones included.
+        epoch: epochs begun; the epoch of the current step.
+        nonfinite: steps skipped so far because of a non-finite loss or gradient.
+        nonfinite_in_row: such steps since the last good one.
+        sums: running sums of the epoch's figures.
+        evaluated: last epoch that was evaluated, -1 before the untouched base was.
+        best_score, best_epoch: of the best evaluation so far.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    nonfinite: int = 0
+    nonfinite_in_row: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    evaluated: int = -1
+    best_score: float | None = None
+    best_epoch: int = 0
+
+
+class Trainer:
+    """Fine-tunes a UNet.
+
+    Args:
+        parts: what is trained, on what.
+        config: the run's configuration.
+        store: where checkpoints go.
+        hooks: how figures leave.
+        accelerator: device placement, precision and ranks.
+    """
+
+    def __init__(
+        self, parts: Parts, config: RunConfig, store: CheckpointStore, hooks: Hooks, accelerator: Accelerator
+    ) -> None:
+        self.parts = parts
+        self.config = config
+        self.store = store
+        self.hooks = hooks
+        self.accelerator = accelerator
+        self.progress = Progress()
+        self.unet, self.optimizer = accelerator.prepare(parts.unet, parts.optimizer)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps an epoch."""
+        return steps_per_epoch(self.config, len(self.parts.latents))
+
+    def fit(self) -> None:
+        """Train to the end, evaluating the untouched base first and every epoch after.
+
+        Raises:
+            Interrupted: when asked to stop; a checkpoint has been written.
+            UserError: after too many non-finite steps in a row.
+        """
+        if self.progress.step == 0 and self.progress.evaluated < 0:
+            self.save()  # so that a run killed in its first epoch goes on as the same run
+        self.evaluate()
+        while self.progress.step < self.config.train.epochs * self.steps_per_epoch and not self.out_of_patience():
+            self.train_epoch()
+            self.save()
+            self.evaluate()
+
+    def train_epoch(self) -> None:
+        """Run (or finish) one epoch."""
+        epoch, inside = divmod(self.progress.step, self.steps_per_epoch)
+        if inside == 0:
+            self.progress.sums = {}
+        self.progress.epoch = epoch + 1
+        self.parts.unet.train()
+        every = self.config.checkpoint.every_steps
+        for position in range(inside, self.steps_per_epoch):
+            self.train_step(position)
+            if self.hooks.should_stop():
+                self.save()
+                raise Interrupted(f"stopped after step {self.progress.step}")
+            last = position + 1 == self.steps_per_epoch
+            if every and self.progress.step % every == 0 and not last:
+                self.save()
+
+    def train_step(self, position: int) -> None:
+        """One optimizer update, the `position`-th of its epoch."""
+        started = time.perf_counter()
+        rate = self.set_learning_rate()
+        batches = list(self.micro_batches(position))
+        figures = self.gradient_figures(batches[0]) if position == 0 else {}
+        losses = [self.forward_backward(batch, last=batch is batches[-1]) for batch in batches]
+        norm = self.update()
+        seconds = time.perf_counter() - started
+        figures |= {key: sum(loss[key] for loss in losses) / len(losses) for key in losses[0]}
+        self.account(figures, norm, [name for batch in batches for name in batch.names])
+        if math.isfinite(norm):
+            step_figures = {"step/loss": figures["loss"], "step/grad_norm": norm, "step/lr": rate}
+            images = sum(map(len, batches)) * self.accelerator.num_processes
+            self.hooks.on_step(self.progress.step, step_figures | {"step/images_per_s": images / seconds})
+
+    def forward_backward(self, batch: Batch, last: bool) -> dict[str, float]:
+        """Accumulate the gradient of one micro-batch; returns its mean losses."""
+        context = nullcontext() if last else self.accelerator.no_sync(self.unet)
+        with context:
+            terms = self.losses(batch)
+            self.accelerator.backward(terms.total.mean() / self.config.train.gradient_accumulation_steps)
+        figures = {"loss": float(terms.total.detach().mean()), "loss_diffusion": float(terms.diffusion.detach().mean())}
+        perceptual = 0.0 if terms.perceptual is None else float(terms.perceptual.detach().mean())
+        return figures | {"loss_perceptual": perceptual}
+
+    def losses(self, batch: Batch) -> LossTerms:
+        """Loss terms of a micro-batch, each [B]."""
+        device, draws = self.accelerator.device, batch.draws
+        torch.manual_seed(derive_seed(self.config.seed, "layers", batch.sample_ids[0]))  # for adapters' dropout
+        told = self.parts.conditioner.training(batch.class_ids, draws.dropped, batch.time_ids)
+        with self.accelerator.autocast():
+            return self.parts.objective(
+                self.unet, batch.latents.to(device), draws.noise.to(device), draws.timesteps.to(device), told
+            )
+
+    def update(self) -> float:
+        """Clip, step, average; a non-finite gradient skips the step. Returns the gradient norm before clipping."""
+        limit = self.config.train.max_grad_norm
+        norm = float(
+            self.accelerator.clip_grad_norm_(self.parts.weights.values(), math.inf if limit is None else limit)
+        )
+        if math.isfinite(norm) or self.accelerator.scaler is not None:  # fp16's scaler skips, and learns from it
+            self.optimizer.step()
+        if math.isfinite(norm) and self.parts.ema is not None:
+            self.parts.ema.update(self.parts.weights)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def account(self, figures: dict[str, float], norm: float, names: list[str]) -> None:
+        """Count the step, sum its figures, and stop after too many non-finite ones in a row."""
+        self.progress.step += 1
+        if math.isfinite(norm):
+            self.progress.nonfinite_in_row = 0
+            sums = self.progress.sums
+            for key, value in (figures | {"steps": 1.0}).items():
+                sums[key] = sums.get(key, 0.0) + value
+            return
+        self.progress.nonfinite += 1
+        scaler = self.accelerator.scaler
+        if scaler is None or scaler.get_scale() <= 1.0:  # above that fp16 is still finding its loss scale
+            self.progress.nonfinite_in_row += 1
+        if self.progress.nonfinite_in_row >= self.config.train.max_nonfinite_steps:
+            good = self.store.complete()
+            raise UserError(
+                f"the gradient was not finite for {self.progress.nonfinite_in_row} steps in a row, last at step "
+                f"{self.progress.step} on {', '.join(sorted(set(names))[:8])}; last good checkpoint: "
+                f"{good[-1] if good else 'none'}; lower --train.learning_rate or set --train.mixed_precision no"
+            )
+
+    def micro_batches(self, position: int) -> Iterator[Batch]:
+        """The micro-batches of the `position`-th step of this epoch: pure in (seed, epoch, position)."""
+        size, parts = self.config.train.batch_size, self.config.train.gradient_accumulation_steps
+        count = self.steps_per_epoch * size * parts
+        rows = self.epoch_rows(count)
+        for micro in range(parts):
+            first = (position * parts + micro) * size
+            offset = (self.progress.epoch - 1) * count
+            yield self.batch(rows[first : first + size], range(offset + first, offset + first + size))
+
+    def epoch_rows(self, count: int) -> np.ndarray:
+        """Row of each sample of the current epoch."""
+        ids = self.parts.latents.class_ids.numpy()
+        return epoch_order(ids, count, self.progress.epoch, self.config.seed, self.config.data.class_balanced)
+
+    def batch(self, rows: np.ndarray, sample_ids: range) -> Batch:
+        """Pick rows and draw their latents from the autoencoder's posterior."""
+        rows_of, index = self.parts.latents, torch.from_numpy(rows)
+        mean, deviation = rows_of.moments[index].float().chunk(2, dim=1)
+        draws = draw(
+            self.config.seed, tuple(sample_ids), tuple(mean.shape[1:]), self.config.loss, self.config.prompts.dropout
+        )
+        return Batch(
+            latents=(mean + deviation * draws.posterior) * self.parts.scaling_factor,
+            class_ids=rows_of.class_ids[index],
+            time_ids=rows_of.time_ids[index],
+            sample_ids=tuple(sample_ids),
+            names=tuple(rows_of.names[row] for row in rows),
+            draws=draws,
+        )
+
+    def gradient_figures(self, batch: Batch) -> dict[str, float]:
+        """Share of the gradient norm that each loss term has, measured on the first micro-batch of the epoch."""
+        if self.parts.objective.perceptual is None:
+            return {"grad_share_perceptual": 0.0}
+        terms = self.losses(batch)
+        assert terms.perceptual is not None
+        named = {"diffusion": terms.diffusion.mean(), "perceptual": terms.perceptual.mean()}
+        return {"grad_share_perceptual": gradient_shares(named, list(self.parts.weights.values()))["perceptual"]}
+
+    def set_learning_rate(self) -> float:
+        """Learning rate of the coming step."""
+        train = self.config.train
+        factor = lr_factor(
+            train.lr_schedule, self.progress.step, train.warmup_steps, train.epochs * self.steps_per_epoch
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = train.learning_rate * factor
+        return train.learning_rate * factor
+
+    def evaluate(self) -> None:
+        """Evaluate the epoch just finished, unless that was done before an interruption."""
+        epoch = self.progress.step // self.steps_per_epoch
+        if epoch <= self.progress.evaluated or self.progress.step % self.steps_per_epoch:
+            return
+        last = epoch == self.config.train.epochs
+        if epoch % self.config.evaluation.every_epochs and not last:
+            return
+        score = self.hooks.evaluate(epoch, self.epoch_figures())
+        self.progress.evaluated = epoch
+        best = self.progress.best_score
+        if score is not None and epoch > 0 and (best is None or score.value < best):
+            self.progress.best_score, self.progress.best_epoch = score.value, epoch
+            if self.accelerator.is_main_process:
+                facts = {"epoch": epoch, "score": score.value, "shown": score.shown}
+                self.store.mark_best(checkpoint_name(self.progress.step), facts)
+        if self.accelerator.is_main_process:
+            self.store.amend(self.progress.step, vars(self.progress))
+
+    def epoch_figures(self) -> dict[str, float]:
+        """Mean training figures of the epoch."""
+        sums = dict(self.progress.sums)
+        steps = sums.pop("steps", 0.0)
+        figures = {f"train/{key}": value / steps for key, value in sums.items() if steps and "share" not in key}
+        shares = {f"train/{key}": value for key, value in sums.items() if "share" in key}
+        return figures | shares | {"train/nonfinite_steps": float(self.progress.nonfinite)}
+
+    def out_of_patience(self) -> bool:
+        """Has the best score stood for longer than early stopping allows?"""
+        patience = self.config.train.early_stopping_patience
+        evaluations = (self.progress.evaluated - self.progress.best_epoch) // self.config.evaluation.every_epochs
+        return patience is not None and self.progress.best_score is not None and evaluations >= patience
+
+    def save(self) -> None:
+        """Write a checkpoint of everything that decides what comes next."""
+        self.hooks.before_checkpoint()
+        if not self.accelerator.is_main_process:
+            return
+        ema = self.parts.ema
+        state = {
+            **vars(self.progress),
+            "ema_updates": 0 if ema is None else ema.updates,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+            "config": self.config.model_dump(mode="json"),
+            **self.hooks.facts,
+        }
+        weights = {name: weight.detach() for name, weight in self.parts.weights.items()}
+        average = {} if ema is None else ema.average
+        self.store.save(Checkpoint(weights, average, optimizer_tensors(self.parts.optimizer), state))
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue as if never interrupted."""
+        state = checkpoint.state
+        copy_into(self.parts.weights, checkpoint.weights)
+        load_optimizer(self.parts.optimizer, checkpoint.optimizer)
+        if self.parts.ema is not None:
+            self.parts.ema.load(checkpoint.ema, int(state["ema_updates"]))
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**{key: state[key] for key in vars(Progress())})
+
+
+def steps_per_epoch(config: RunConfig, rows: int) -> int:
+    """Optimizer steps an epoch: as configured, or one pass over the training rows."""
+    return config.train.steps_per_epoch or math.ceil(
+        rows / (config.train.batch_size * config.train.gradient_accumulation_steps)
+    )

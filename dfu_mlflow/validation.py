@@ -1,0 +1,107 @@
+"""Validation loss on a fixed grid of images x timesteps x noise, so that two epochs differ by learning alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dfu_mlflow.conditioning import Conditioner
+from dfu_mlflow.objective import TIMESTEPS, Objective
+from dfu_mlflow.runtime import generator
+from dfu_mlflow.types import Latents
+
+BINS = 4
+NORMAL_95 = 1.96
+
+
+@dataclass(frozen=True)
+class ValidationGrid:
+    """Held-out latents, each seen at the same timesteps under the same noise in every epoch.
+
+    Attributes:
+        latents: float [M, C, h, w], scaled.
+        class_ids: int64 [M].
+        time_ids: float32 [M, 6].
+        timesteps: int64 [T], evenly spread over the schedule, T a multiple of 4.
+        seed: of the noise.
+    """
+
+    latents: torch.Tensor
+    class_ids: torch.Tensor
+    time_ids: torch.Tensor
+    timesteps: torch.Tensor
+    seed: int
+
+    @classmethod
+    def build(cls, held_out: Latents, scaling_factor: float, images: int, timesteps: int, seed: int) -> ValidationGrid:
+        """Take up to `images` rows, evenly over the set (its rows stand sorted by class)."""
+        count = min(images, len(held_out))
+        rows = torch.linspace(0, len(held_out) - 1, count).round().long()
+        mean = held_out.moments[rows].float().chunk(2, dim=1)[0]
+        spread = timesteps // BINS * BINS
+        steps = ((torch.arange(spread) + 0.5) * TIMESTEPS / spread).long()
+        return cls(mean * scaling_factor, held_out.class_ids[rows], held_out.time_ids[rows], steps, seed)
+
+    def noise(self, column: int) -> torch.Tensor:
+        """Noise of one timestep, [M, C, h, w]."""
+        shape = self.latents.shape[1:]
+        rows = [
+            torch.randn(shape, generator=generator(self.seed, "validation", row, column))
+            for row in range(len(self.latents))
+        ]
+        return torch.stack(rows)
+
+
+@torch.no_grad()
+def validation_losses(
+    unet: nn.Module,
+    objective: Objective,
+    conditioner: Conditioner,
+    grid: ValidationGrid,
+    between_batches: Callable[[], None],
+    batch_size: int = 64,
+) -> torch.Tensor:
+    """Unweighted loss of every image at every timestep, float64 [M, T]."""
+    device = grid_device(unet)
+    kept = torch.zeros(len(grid.latents), dtype=torch.bool)
+    told = conditioner.training(grid.class_ids, kept, grid.time_ids)
+    columns = []
+    for column, timestep in enumerate(grid.timesteps.tolist()):
+        between_batches()
+        noise = grid.noise(column)
+        rows = []
+        for start in range(0, len(noise), batch_size):
+            part = slice(start, start + batch_size)
+            latents = grid.latents[part].to(device)
+            steps = torch.full((len(latents),), timestep, device=device)
+            piece = type(told)(told.embeddings[part], told.pooled[part], told.time_ids[part])
+            rows.append(objective.unweighted(unet, latents, noise[part].to(device), steps, piece).double().cpu())
+        columns.append(torch.cat(rows))
+    return torch.stack(columns, dim=1)
+
+
+def validation_figures(losses: torch.Tensor, base: torch.Tensor | None, timesteps: torch.Tensor) -> dict[str, float]:
+    """Means by timestep bin (t0 the least noise), and the change against the base, paired by image, with its interval.
+
+    Args:
+        losses, base: float64 [M, T]; base None leaves the change out.
+        timesteps: int64 [T].
+    """
+    figures = {"loss": float(losses.mean())}
+    bins = timesteps * BINS // TIMESTEPS
+    for number in range(BINS):
+        figures[f"loss_t{number}"] = float(losses[:, bins == number].mean())
+    if base is not None:
+        change = (losses - base).mean(dim=1)
+        half = NORMAL_95 * float(change.std()) / len(change) ** 0.5 if len(change) > 1 else 0.0
+        mean = float(change.mean())
+        figures |= {"loss_change": mean, "loss_change_low": mean - half, "loss_change_high": mean + half}
+    return figures
+
+
+def grid_device(unet: nn.Module) -> torch.device:
+    """Where the network's weights are."""
+    return next(unet.parameters()).device

@@ -1,0 +1,45 @@
+"""Is a run a success, and which of its epochs is the best?"""
+
+from __future__ import annotations
+
+from dfu_mlflow.config.schema import SuccessConfig
+
+LARGER_IS_BETTER = ("progress", "accuracy")
+
+
+def score(figures: dict[str, float], metric: str) -> float | None:
+    """A metric as a score, smaller is better; None where it was not computed."""
+    if metric not in figures:
+        return None
+    return -figures[metric] if metric.endswith(LARGER_IS_BETTER) else figures[metric]
+
+
+def success_verdict(success: SuccessConfig | None, series: dict[int, float], trained_epochs: int) -> str:
+    """The sentence for the tag `verdict`.
+
+    Args:
+        series: epoch -> value of the success metric.
+        trained_epochs: epochs done so far.
+    """
+    if success is None:
+        return "no success criterion configured"
+    limit = f"below {success.below:g}" if success.below is not None else f"above {success.above:g}"
+    rule = f"{success.metric} {limit}" + (f" by epoch {success.by_epoch}" if success.by_epoch else "")
+    counted = {
+        epoch: value
+        for epoch, value in series.items()
+        if epoch > 0 and (success.by_epoch is None or epoch <= success.by_epoch)
+    }
+    if not counted:
+        return f"cannot be told: {success.metric} was not computed ({rule})"
+    if success.below is not None:
+        epoch, value = min(counted.items(), key=lambda item: item[1])
+        met = value < success.below
+    else:
+        epoch, value = max(counted.items(), key=lambda item: item[1])
+        met = value > (success.above or 0.0)
+    if met:
+        return f"met: {rule}; {value:g} at epoch {epoch}"
+    if success.by_epoch is not None and trained_epochs < success.by_epoch:
+        return f"open: {rule}; best {value:g} at epoch {epoch} of {trained_epochs}"
+    return f"missed: {rule}; best {value:g} at epoch {epoch}"

@@ -1,0 +1,32 @@
+"""The end of a training run: the best checkpoint becomes a registered candidate, and the user is told what to type."""
+
+from __future__ import annotations
+
+from dfu_mlflow.config.schema import RunConfig
+from dfu_mlflow.pipeline import TrainingResult
+from registry.package import register_sampler
+
+
+def publish(result: TrainingResult, config: RunConfig) -> None:
+    """Register the result's bundle, if the configuration says so, and print the commands that come next."""
+    headline = [
+        f"{name} {result.figures[key]:.4g}"
+        for name, key in (("fid", "eval/fid"), ("fd", "eval/fd"), ("kid", "eval/kid"))
+        if key in result.figures
+    ]
+    print(f"best: epoch {result.best_epoch}, {result.shown} weights, {', '.join(headline) or 'not measured'}")
+    print(f"success criterion: {result.verdict}")
+    if not config.registry.register_model or result.bundle is None:
+        print(f"not registered; the sampler is in {result.bundle}")
+        return
+    figures = {name: value for name, value in result.figures.items() if name.startswith(("eval", "val"))}
+    tags = {"epoch": str(result.best_epoch), "weights": result.shown, "verdict": result.verdict}
+    version = register_sampler(result.bundle, config, result.run_id, figures, tags)
+    uri = f"models:/{version.name}@{config.registry.alias}"
+    print(
+        f"registered {version.name} version {version.version} as @{config.registry.alias}\n\n"
+        "Next:\n"
+        "  mlflow ui                                              compare runs, look at the samples by epoch\n"
+        f"  mlflow run . -e sample -P model={uri} --env-manager uv\n"
+        f"  mlflow models serve -m {uri} --env-manager local"
+    )

@@ -1,0 +1,106 @@
+"""A real, very small Stable Diffusion XL with random weights, and photographs to train it on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from dfu_mlflow.base.load import EMBEDDED
+from dfu_mlflow.config import RunConfig
+from dfu_mlflow.config.load import validate
+from dfu_mlflow.data.phantom import write_phantom
+
+
+def build_random_base(folder: Path) -> Path:
+    """Real classes at tiny widths: 64 px images, 16 x 16 latents, about 0.2 M weights."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED["tiny_sdxl"] / "tokenizer")
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 77,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    pipe = StableDiffusionXLPipeline(
+        vae=AutoencoderKL(
+            block_out_channels=(8, 16, 16),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            norm_num_groups=4,
+            scaling_factor=0.8,
+        ),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text, projection_dim=24)),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(16, 32),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            attention_head_dim=(2, 4),
+            cross_attention_dim=64,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=24 + 6 * 8,
+            norm_num_groups=4,
+        ),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type="epsilon",
+            timestep_spacing="trailing",
+            clip_sample=False,
+            set_alpha_to_one=False,
+        ),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the random base."""
+    return build_random_base(tmp_path_factory.mktemp("random_base") / "base")
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Phantoms of 12 patients in class folders, under names that say who is on them (P000 ...)."""
+    folder = tmp_path_factory.mktemp("photographs")
+    write_phantom(folder, patients=12, seed=3)
+    return folder
+
+
+@pytest.fixture
+def small_config(random_base: Path, photographs: Path, tmp_path: Path) -> RunConfig:
+    """A run of a few steps on the random base."""
+    return validate(RunConfig, small_tree(random_base, photographs, tmp_path))
+
+
+def small_tree(base: Path, photographs: Path, folder: Path) -> dict[str, object]:
+    """The settings of `small_config` as nested mappings."""
+    return {
+        "base_model": str(base),
+        "output_dir": str(folder / "out"),
+        "device": "cpu",
+        "data": {"root": str(photographs), "group_by": r"^P(\d+)", "cache_dir": str(folder / "cache")},
+        "train": {"epochs": 2, "steps_per_epoch": 3, "batch_size": 4, "warmup_steps": 2},
+        "sampling": {"num_inference_steps": 2},
+        "evaluation": {"samples": 12, "grid_per_class": 2, "validation_images": 6, "validation_timesteps": 4},
+        "tracking": {"log_every_steps": 1, "system_metrics": False},
+    }

@@ -1,0 +1,218 @@
+"""The loop: what must hold of every fine-tuning step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from dfu_mlflow.base.adapters import attach, displacement, snapshot
+from dfu_mlflow.checkpoint import CheckpointStore
+from dfu_mlflow.config import RunConfig
+from dfu_mlflow.config.load import merge, validate
+from dfu_mlflow.ema import ExponentialMovingAverage
+from dfu_mlflow.errors import Interrupted, UserError
+from dfu_mlflow.objective import Objective
+from dfu_mlflow.optimizers import build_optimizer
+from dfu_mlflow.perceptual import build_perceptual, gradient_shares
+from dfu_mlflow.preparation import Material, prepare, read_source
+from dfu_mlflow.trainer import Hooks, Parts, Trainer
+
+Change = dict[str, Any]
+
+
+def changed(config: RunConfig, change: Change) -> RunConfig:
+    return validate(RunConfig, merge(config.model_dump(), change))
+
+
+def build(config: RunConfig, folder: Path, hooks: Hooks | None = None, material: Material | None = None) -> Trainer:
+    """A trainer on real parts that evaluates nothing."""
+    material = material or prepare(config, read_source(config))
+    pipe = material.pipe
+    weights = attach(pipe.unet, config.adapter, config.seed)
+    objective = Objective(
+        dict(pipe.scheduler.config), config.loss, build_perceptual(config.loss.perceptual_loss, pipe.vae)
+    )
+    parts = Parts(
+        unet=pipe.unet,
+        weights=weights,
+        optimizer=build_optimizer(weights.values(), config.train),
+        objective=objective,
+        conditioner=material.conditioner,
+        latents=material.train,
+        scaling_factor=float(pipe.vae.config.scaling_factor),
+        ema=ExponentialMovingAverage(weights, config.ema.decay, config.ema.warmup),
+    )
+    hooks = hooks or Hooks(lambda *_: None, lambda *_: None, lambda: None, lambda: False)
+    return Trainer(parts, config, CheckpointStore(folder, 2), hooks, Accelerator(cpu=True))
+
+
+def clones(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in trainer.parts.unet.named_parameters()}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_lora_leaves_the_base_untouched_and_starts_as_the_base(
+    small_config: RunConfig, tmp_path: Path, dora: bool
+) -> None:
+    config = changed(small_config, {"adapter": {"method": "lora", "rank": 4, "use_dora": dora}})
+    material = prepare(config, read_source(config))
+    before = {name: weight.clone() for name, weight in material.pipe.unet.state_dict().items()}
+    trainer = build(config, tmp_path / "c", material=material)
+    start = snapshot(trainer.parts.unet, config.adapter)
+    assert displacement(trainer.parts.unet, start) == 0.0
+    trainer.fit()
+    after = trainer.parts.unet.state_dict()
+    for name, value in before.items():
+        stem, kind = name.rsplit(".", 1)
+        wrapped = f"{stem}.base_layer.{kind}"
+        assert torch.equal(after[wrapped if wrapped in after else name], value), name
+    assert displacement(trainer.parts.unet, start) > 0.0
+    assert all("lora_" in name for name in trainer.parts.weights)
+
+
+def test_micro_batches_equal_the_full_batch(small_config: RunConfig, tmp_path: Path) -> None:
+    once = {"epochs": 1, "steps_per_epoch": 2}
+    full = build(changed(small_config, {"train": {**once, "batch_size": 8}}), tmp_path / "a")
+    parts = {"train": {**once, "batch_size": 2, "gradient_accumulation_steps": 4}}
+    micro = build(changed(small_config, parts), tmp_path / "b")
+    for trainer in (full, micro):
+        trainer.fit()
+    worst = max(
+        float((a - b).abs().max()) for a, b in zip(clones(full).values(), clones(micro).values(), strict=True)
+    )
+    # Adam turns a rounding difference of the gradient near zero into a difference of at most the step size.
+    assert worst < 2e-5
+
+
+def test_one_batch_overfits(small_config: RunConfig, tmp_path: Path) -> None:
+    change = {
+        "train": {"epochs": 1, "steps_per_epoch": 150, "batch_size": 4, "learning_rate": 3e-3, "lr_schedule": "constant"},
+        "prompts": {"dropout": 0.0},
+    }
+    trainer = build(changed(small_config, change), tmp_path)
+    trainer.progress.epoch = 1
+    trainer.parts.unet.train()
+    batch = next(trainer.micro_batches(0))
+    losses = []
+    for _ in range(150):
+        losses.append(trainer.forward_backward(batch, last=True)["loss"])
+        trainer.set_learning_rate()
+        trainer.update()
+        trainer.progress.step += 1
+    assert losses[-1] < 0.35 * losses[0]
+
+
+def test_resumed_equals_unbroken_bit_for_bit(small_config: RunConfig, tmp_path: Path) -> None:
+    unbroken = build(small_config, tmp_path / "a")
+    unbroken.fit()
+
+    seen: list[int] = []
+
+    def stop_after(count: int) -> Callable[[], bool]:
+        def asked() -> bool:
+            seen.append(1)
+            return len(seen) == count
+
+        return asked
+
+    hooks = Hooks(lambda *_: None, lambda *_: None, lambda: None, stop_after(4))
+    broken = build(small_config, tmp_path / "b", hooks)
+    with pytest.raises(Interrupted, match="step 4"):
+        broken.fit()
+    from dfu_mlflow.checkpoint import load_checkpoint
+
+    resumed = build(small_config, tmp_path / "b")
+    resumed.restore(load_checkpoint(resumed.store.complete()[-1]))
+    resumed.fit()
+    assert resumed.progress.step == unbroken.progress.step == 6
+    for name, value in clones(unbroken).items():
+        assert torch.equal(value, clones(resumed)[name]), name
+    for name, value in unbroken.parts.ema.average.items():  # type: ignore[union-attr]
+        assert torch.equal(value, resumed.parts.ema.average[name]), name  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_optimizer_state_survives_a_checkpoint(small_config: RunConfig, tmp_path: Path, optimizer: str) -> None:
+    config = changed(small_config, {"train": {"optimizer": optimizer, "epochs": 1}})
+    trainer = build(config, tmp_path / "a")
+    trainer.fit()
+    from dfu_mlflow.checkpoint import load_checkpoint, load_optimizer
+
+    checkpoint = load_checkpoint(trainer.store.complete()[-1])
+    fresh = build_optimizer(trainer.parts.weights.values(), config.train)
+    load_optimizer(fresh, checkpoint.optimizer)
+    before, after = trainer.parts.optimizer.state_dict()["state"], fresh.state_dict()["state"]
+    assert before.keys() == after.keys()
+    for index, values in before.items():
+        for key, value in values.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(after[index][key])), (index, key)
+
+
+def test_nonfinite_steps_are_skipped_counted_and_then_stop_the_run(small_config: RunConfig, tmp_path: Path) -> None:
+    config = changed(small_config, {"train": {"max_nonfinite_steps": 2}})
+    trainer = build(config, tmp_path)
+    healthy = trainer.parts.latents
+    trainer.parts = replace(
+        trainer.parts, latents=replace(healthy, moments=torch.full_like(healthy.moments, float("nan")))
+    )
+    before = clones(trainer)
+    with pytest.raises(UserError, match=r"2 steps in a row, last at step 2 on .*\.png.*last good checkpoint: .*step-"):
+        trainer.fit()
+    assert trainer.progress.nonfinite == 2
+    for name, value in clones(trainer).items():
+        assert torch.equal(value, before[name]), f"{name} was changed by a skipped step"
+
+
+def test_perceptual_term_has_gradient_and_a_dead_one_is_seen(small_config: RunConfig, tmp_path: Path) -> None:
+    change = {"loss": {"perceptual_loss": {"enabled": True, "weight": 1.0, "max_timestep": 1000}}}
+    trainer = build(changed(small_config, change), tmp_path)
+    trainer.progress.epoch = 1
+    batch = next(trainer.micro_batches(0))
+    terms = trainer.losses(batch)
+    assert terms.perceptual is not None
+    assert float(terms.perceptual.detach().mean()) > 0
+    weights = list(trainer.parts.weights.values())
+    shares = gradient_shares({"diffusion": terms.diffusion.mean(), "perceptual": terms.perceptual.mean()}, weights)
+    assert shares["perceptual"] > 0.001
+    assert shares["perceptual"] + shares["diffusion"] == pytest.approx(1.0)
+    dead = {"diffusion": terms.diffusion.mean(), "perceptual": terms.perceptual.detach().mean()}
+    assert gradient_shares(dead, weights) == {"diffusion": 1.0, "perceptual": 0.0}
+    assert trainer.gradient_figures(batch)["grad_share_perceptual"] == pytest.approx(shares["perceptual"], rel=1e-3)
+
+
+def test_perceptual_term_leaves_out_what_is_above_its_window(small_config: RunConfig, tmp_path: Path) -> None:
+    change = {"loss": {"perceptual_loss": {"enabled": True, "max_timestep": 100}}}
+    trainer = build(changed(small_config, change), tmp_path)
+    term = trainer.parts.objective.perceptual
+    assert term is not None
+    latents = torch.randn(3, 4, 16, 16)
+    loss = term(latents + 0.5, latents, torch.tensor([50, 100, 900]))
+    assert loss[0] > 0
+    assert loss[1] == loss[2] == 0
+    assert torch.equal(term(latents, latents, torch.tensor([50, 60, 70])), torch.zeros(3))
+
+
+def test_learning_rate_reaches_its_planned_end_in_optimizer_steps(small_config: RunConfig, tmp_path: Path) -> None:
+    rates: list[float] = []
+    hooks = Hooks(lambda *_: None, lambda _, figures: rates.append(figures["step/lr"]), lambda: None, lambda: False)
+    change = {"train": {"gradient_accumulation_steps": 3, "batch_size": 2, "lr_schedule": "linear", "learning_rate": 1.0}}
+    build(changed(small_config, change), tmp_path, hooks).fit()
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25])
+
+
+def test_class_balance_and_sample_numbers_are_the_epochs(small_config: RunConfig, tmp_path: Path) -> None:
+    trainer = build(changed(small_config, {"train": {"batch_size": 6}}), tmp_path)
+    ids = []
+    for epoch in (1, 2):
+        trainer.progress.epoch = epoch
+        for position in range(3):
+            for batch in trainer.micro_batches(position):
+                assert sorted(torch.bincount(batch.class_ids, minlength=3).tolist()) == [2, 2, 2]
+                ids += batch.sample_ids
+    assert ids == list(range(36))
