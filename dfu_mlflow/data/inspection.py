@@ -71,10 +71,12 @@ def inspect_file(path: Path, min_side_px: int) -> Inspection | Problem:
     image = Image.fromarray(pixels)
     if all(int(np.ptp(np.asarray(band.getextrema()))) <= BLANK_LEVELS for band in image.split()):
         return Problem(path, "blank", "one colour all over")
+    pixel_digest = hashlib.sha256(f"{width}x{height}".encode())
+    pixel_digest.update(pixels.data)
     return Inspection(
         digest=hashlib.sha256(content).hexdigest(),
         size_px=(width, height),
-        pixel_digest=hashlib.sha256(f"{width}x{height}".encode() + pixels.tobytes()).hexdigest(),
+        pixel_digest=pixel_digest.hexdigest(),
         difference_hash=difference_hash(image),
     )
 

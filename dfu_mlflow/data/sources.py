@@ -135,7 +135,11 @@ def _class_level(images: dict[int, list[Path]], classes: tuple[str, ...] | None)
 
 def _walk(folder: Path, depth: int) -> Iterator[tuple[int, Path]]:
     """Visible files with the number of folders above them, in path order."""
-    for path in sorted(folder.iterdir()):
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"--data.root: {folder} cannot be listed: {error.strerror}") from None
+    for path in paths:
         if path.name.startswith((".", "__MACOSX")):
             continue
         if not path.is_dir():

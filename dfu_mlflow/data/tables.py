@@ -146,13 +146,16 @@ def _read_rows(path: Path, required: Sequence[str], flag: str) -> list[Row]:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise UserError(f"{flag} {path} cannot be read: {reason}") from None
     header = text.partition("\n")[0]
-    reader = csv.reader(text.splitlines(), delimiter=max(DELIMITERS, key=header.count))
-    columns = [column.strip().lower() for column in next(reader, [])]
+    try:
+        table = list(csv.reader(text.splitlines(), delimiter=max(DELIMITERS, key=header.count)))
+    except csv.Error as error:
+        raise UserError(f"{flag} {path} is no CSV: {error}") from None
+    columns = [column.strip().lower() for column in table[0]] if table else []
     missing = [column for column in required if column not in columns]
     if missing:
         raise UserError(f"{flag} {path} lacks the column {', '.join(missing)}: it has {', '.join(columns) or 'none'}")
     rows = [
-        dict(zip(columns, [cell.strip() for cell in cells] + [""] * len(columns), strict=False)) for cells in reader
+        dict(zip(columns, [cell.strip() for cell in cells] + [""] * len(columns), strict=False)) for cells in table[1:]
     ]
     rows = [row for row in rows if any(row.values())]
     if not rows:

@@ -212,6 +212,9 @@ def test_manifest_reports_missing_files_and_labels(clinic: Path, tmp_path: Path,
     manifest.write_text("path,label\n")
     with pytest.raises(UserError, match="has no rows"):
         load_split(config, 0)
+    manifest.write_text("path,label\n" + "x" * 200_000)
+    with pytest.raises(UserError, match="is no CSV: field larger"):
+        load_split(config, 0)
     manifest.unlink()
     with pytest.raises(UserError, match=r"--data\.manifest .* cannot be read"):
         load_split(config, 0)
