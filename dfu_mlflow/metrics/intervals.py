@@ -65,13 +65,13 @@ def kernel_replicates(gram: Gram, patients: Sequence[str]) -> Replicates:
     Exact: the sum without a group is the whole sum less that group's rows and columns.
     """
     kernel = cubic_kernel(gram)
-    real_groups, fake_groups = _membership(patients), torch.eye(len(kernel.fake), dtype=torch.float64)
+    real_groups, fake_groups = _positions(patients), torch.arange(len(kernel.fake))
     real_sum, real_left, real_count = _left_out(kernel.real, real_groups)
     fake_sum, fake_left, fake_count = _left_out(kernel.fake, fake_groups)
     n, m = kernel.cross.shape
     real_mean, fake_mean = real_sum / (n * (n - 1)), fake_sum / (m * (m - 1))
-    cross_real = (kernel.cross.sum() - real_groups.T @ kernel.cross.sum(1)) / (real_count * m)
-    cross_fake = (kernel.cross.sum() - fake_groups.T @ kernel.cross.sum(0)) / (n * fake_count)
+    cross_real = (kernel.cross.sum() - _sums(kernel.cross.sum(1), real_groups)) / (real_count * m)
+    cross_fake = (kernel.cross.sum() - kernel.cross.sum(0)) / (n * fake_count)
     return Replicates(
         kernel_from_gram(gram),
         real_left / (real_count * (real_count - 1)) + fake_mean - 2 * cross_real,
@@ -103,18 +103,23 @@ def _jackknife_variance(left_out: torch.Tensor) -> float:
     return float((left_out - left_out.mean()).square().sum()) * (groups - 1) / groups
 
 
-def _membership(groups: Sequence[str]) -> torch.Tensor:
-    """One-hot float64 [N, G], columns in sorted order of the groups."""
+def _positions(groups: Sequence[str]) -> torch.Tensor:
+    """int64 [N]: the place of each row's group among the sorted groups."""
     names = {name: index for index, name in enumerate(sorted(set(groups)))}
-    return torch.eye(len(names), dtype=torch.float64)[[names[group] for group in groups]]
+    return torch.tensor([names[group] for group in groups])
+
+
+def _sums(values: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Sum of values [N] over each group: [G]."""
+    return torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add(0, groups, values)
 
 
 def _left_out(kernel: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sum over pairs of different rows, that sum without each group, and how many rows are then left."""
     pairs = kernel - torch.diag(kernel.diagonal())
-    blocks = groups.T @ pairs @ groups
-    left = blocks.sum() - 2 * blocks.sum(1) + blocks.diagonal()
-    return blocks.sum(), left, len(kernel) - groups.sum(0)
+    within = torch.where(groups[:, None] == groups, pairs, 0.0)
+    left = pairs.sum() - 2 * _sums(pairs.sum(1), groups) + _sums(within.sum(1), groups)
+    return pairs.sum(), left, len(kernel) - torch.bincount(groups)
 
 
 def _blocks(patients: Sequence[str], blocks: int) -> torch.Tensor:

@@ -186,7 +186,7 @@ class Reference:
             self.notes["class_accuracy"] = "needs reconstructed training photographs of at least two classes"
             return None
         judge = fit_classifier(features, training.class_ids)
-        if self.real.reconstructed_held_out is not None:
+        if self.real.reconstructed_held_out is not None and len(self.real.held_out):
             self.floors["class_accuracy_reconstructed"] = class_accuracy(
                 judge, self.real.reconstructed_held_out, self.real.held_out.class_ids
             )
