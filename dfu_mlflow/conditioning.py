@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 
 from dfu_mlflow.base.load import part_digest
 from dfu_mlflow.data.cache import RowCache
-from dfu_mlflow.types import Conditioning
+from dfu_mlflow.types import Conditioning, Pipeline
 
 TOKENS = 77
 
@@ -83,7 +82,7 @@ class Conditioner:
 
 
 def encode_prompts(
-    pipe: StableDiffusionXLPipeline, prompts: dict[str, str], negative_prompt: str, cache: RowCache | None = None
+    pipe: Pipeline, prompts: dict[str, str], negative_prompt: str, cache: RowCache | None = None
 ) -> Conditioner:
     """Encode one prompt a class, the unconditional and the negative prompt.
 
@@ -111,12 +110,12 @@ def encode_prompts(
     )
 
 
-def prompt_length(pipe: StableDiffusionXLPipeline, prompts: Sequence[str]) -> int:
+def prompt_length(pipe: Pipeline, prompts: Sequence[str]) -> int:
     """Tokens of the longest prompt by the base's first tokenizer, the two special ones included, before truncation."""
     return max(len(pipe.tokenizer(prompt).input_ids) for prompt in prompts)
 
 
-def _rows(pipe: StableDiffusionXLPipeline, texts: list[str], cache: RowCache | None) -> torch.Tensor:
+def _rows(pipe: Pipeline, texts: list[str], cache: RowCache | None) -> torch.Tensor:
     """[K, L * D + P]: embeddings and pooled side by side, one row a text."""
 
     def compute(positions: list[int]) -> torch.Tensor:
@@ -129,19 +128,19 @@ def _rows(pipe: StableDiffusionXLPipeline, texts: list[str], cache: RowCache | N
     return cache.rows(f"embeddings-{encoders}", keys, compute)
 
 
-def _tokens_key(pipe: StableDiffusionXLPipeline, text: str) -> str:
+def _tokens_key(pipe: Pipeline, text: str) -> str:
     """The token ids say what the encoders see, whatever vocabulary made them."""
     ids = [pipe.tokenizer(text).input_ids, pipe.tokenizer_2(text).input_ids]
     return hashlib.sha256(repr(ids).encode()).hexdigest()
 
 
 @torch.no_grad()
-def _encode(pipe: StableDiffusionXLPipeline, text: str) -> torch.Tensor:
+def _encode(pipe: Pipeline, text: str) -> torch.Tensor:
     embeddings, _, pooled, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False)
     return torch.cat([embeddings[0].flatten(), pooled[0]]).float().cpu()
 
 
 @torch.no_grad()
-def _unconditional(pipe: StableDiffusionXLPipeline) -> tuple[torch.Tensor, torch.Tensor]:
+def _unconditional(pipe: Pipeline) -> tuple[torch.Tensor, torch.Tensor]:
     _, embeddings, _, pooled = pipe.encode_prompt("", negative_prompt=None, do_classifier_free_guidance=True)
     return embeddings.float().cpu(), pooled.float().cpu()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from dfu_mlflow.base.adapters import attach
 from dfu_mlflow.base.published import meta_modules
 from dfu_mlflow.config.schema import RunConfig
+from dfu_mlflow.errors import UserError
 
 GIB = 2**30
 TOKENS = 77
@@ -32,8 +35,7 @@ def memory_plan(config: RunConfig, source: str) -> dict[str, Any]:
     modules = meta_modules(source)
     unet = modules["unet"]
     base_weights = count(unet)
-    with torch.device("meta"):
-        trained = sum(weight.numel() for weight in attach(unet, config.adapter, seed=0).values())
+    trained = _trained(unet, config)
     ema_bytes = 4.0 * trained if config.ema.enabled else 0.0
     parts = {
         "UNet": 4.0 * count(unet),
@@ -48,8 +50,49 @@ def memory_plan(config: RunConfig, source: str) -> dict[str, Any]:
         "trained_weights": trained,
         "trainable_fraction": trained / count(unet),
         "memory_gib": {name: size / GIB for name, size in parts.items()},
-        "checkpoint_gib": (4.0 + OPTIMIZER_BYTES[config.train.optimizer]) * trained / GIB + ema_bytes / GIB,
+        "checkpoint_gib": _checkpoint_bytes(trained, config) / GIB,
     }
+
+
+def check_disk(config: RunConfig, source: str) -> None:
+    """Refuse to start where the checkpoints will not fit.
+
+    Raises:
+        UserError: saying how much is needed and how much is free.
+    """
+    if not Path(source).is_dir():  # counting a real one's weights takes seconds; `--dry-run` does it
+        return
+    unet = meta_modules(source)["unet"]
+    needed = kept_checkpoints(config) * _checkpoint_bytes(_trained(unet, config), config)
+    place, free = free_bytes(config.output_dir)
+    if free < needed:
+        raise UserError(
+            f"--output_dir {config.output_dir} needs {needed / GIB:.2f} GiB for {kept_checkpoints(config)} "
+            f"checkpoints, {place} has {free / GIB:.2f} GiB free: free some, set --output_dir elsewhere or a smaller "
+            "--checkpoint.keep_last"
+        )
+
+
+def kept_checkpoints(config: RunConfig) -> int:
+    """Checkpoints on disk at the worst moment: the newest ones, the best one and the one being written."""
+    return config.checkpoint.keep_last + 2
+
+
+def free_bytes(folder: Path) -> tuple[Path, int]:
+    """The nearest folder that exists, and what is free there."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return place, shutil.disk_usage(place).free
+
+
+def _trained(unet: nn.Module, config: RunConfig) -> int:
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in attach(unet, config.adapter, seed=0).values())
+
+
+def _checkpoint_bytes(trained: int, config: RunConfig) -> float:
+    return trained * (4.0 + OPTIMIZER_BYTES[config.train.optimizer] + (4.0 if config.ema.enabled else 0.0))
 
 
 def _activation_bytes(unet: Any, vae: Any, config: RunConfig) -> float:

@@ -102,7 +102,7 @@ class Objective:
         """Min-SNR-gamma weights [B] (Hang et al. 2023, equation 6 and its v-prediction form), or ones."""
         if self.min_snr_gamma is None:
             return torch.ones(len(timesteps), device=timesteps.device)
-        snr = compute_snr(self.scheduler, timesteps).float()
+        snr: torch.Tensor = compute_snr(self.scheduler, timesteps).float()
         clipped = snr.clamp(max=self.min_snr_gamma)
         if self.prediction_type == "v_prediction":
             return clipped / (snr + 1.0)
@@ -111,7 +111,7 @@ class Objective:
 
     def clean_latents(self, prediction: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """The predicted z0, [B, C, h, w], with gradient."""
-        alphas = self.scheduler.alphas_cumprod.to(noisy.device)[timesteps].float().view(-1, 1, 1, 1)
+        alphas: torch.Tensor = self.scheduler.alphas_cumprod.to(noisy.device)[timesteps].float().view(-1, 1, 1, 1)
         if self.prediction_type == "v_prediction":
             return alphas.sqrt() * noisy - (1.0 - alphas).sqrt() * prediction
         return (noisy - (1.0 - alphas).sqrt() * prediction) / alphas.sqrt()

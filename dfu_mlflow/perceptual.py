@@ -97,7 +97,7 @@ def _efficientnet_lite0() -> nn.Module:
 
 def _stage(network: Any, images: torch.Tensor, depth: int) -> torch.Tensor:
     """Feature maps after `depth` halvings of the resolution (the stem is the first)."""
-    maps = network._swish(network._bn0(network._conv_stem(images)))
+    maps: torch.Tensor = network._swish(network._bn0(network._conv_stem(images)))
     halvings = 1
     for block in network._blocks:
         following = block(maps)

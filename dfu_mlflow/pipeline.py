@@ -9,10 +9,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 
 from dfu_mlflow.base.adapters import attach, displacement, snapshot, trainable_fraction
-from dfu_mlflow.base.load import part_digest
+from dfu_mlflow.base.load import part_digest, resolve_base
 from dfu_mlflow.bundle import BundleSource, write_bundle
 from dfu_mlflow.checkpoint import CheckpointStore, find_checkpoint, load_checkpoint
 from dfu_mlflow.conditioning import prompt_length
@@ -24,16 +25,17 @@ from dfu_mlflow.ema import ExponentialMovingAverage
 from dfu_mlflow.evaluator import Evaluator, Measurement
 from dfu_mlflow.history import History
 from dfu_mlflow.interrupt import StopRequest
+from dfu_mlflow.memory import check_disk
 from dfu_mlflow.objective import Objective
 from dfu_mlflow.optimizers import build_optimizer
-from dfu_mlflow.panels import build_panels
+from dfu_mlflow.panels import Panels, build_panels
 from dfu_mlflow.perceptual import build_perceptual
 from dfu_mlflow.preparation import Material, prepare, read_source, sampling_settings
 from dfu_mlflow.progress import Console
 from dfu_mlflow.resume import check_same_run
 from dfu_mlflow.runtime import provenance
 from dfu_mlflow.tracking import Tracker, track
-from dfu_mlflow.trainer import Hooks, Parts, Score, Trainer, steps_per_epoch
+from dfu_mlflow.trainer import Hooks, Parts, Score, Trainer
 from dfu_mlflow.verdict import score, success_verdict
 
 
@@ -71,16 +73,17 @@ def run_training(config: RunConfig, publish: Callable[[TrainingResult], None] | 
         Interrupted: after Ctrl-C or SIGTERM; a checkpoint has been written.
     """
     with StopRequest() as stop:
+        check_disk(config, resolve_base(config.base_model))
         resumed_from = find_checkpoint(config.resume, config.output_dir)
         source = read_source(config)
         checkpoint = load_checkpoint(resumed_from) if resumed_from else None
         digest = dataset_digest(source.split)
         if checkpoint is not None:
             check_same_run(checkpoint, config, digest)
-        material = prepare(config, source)
+        equipment = equip(config, prepare(config, source))
         with track(config, checkpoint.state["run_id"] if checkpoint else None) as tracker:
             folder = resumed_from.parent.parent if resumed_from else config.output_dir / tracker.run_id[:8]
-            run = _Run(config, material, tracker, stop, folder)
+            run = _Run(config, equipment, tracker, stop, folder)
             run.describe(digest)
             if checkpoint is not None:
                 run.trainer.restore(checkpoint)
@@ -91,54 +94,75 @@ def run_training(config: RunConfig, publish: Callable[[TrainingResult], None] | 
     return result
 
 
+@dataclass(frozen=True)
+class Equipment:
+    """Everything that training works with, built before the MLflow run is opened.
+
+    Attributes:
+        material: base, latents and prompts.
+        panels: what generated images are measured against.
+        parts: what is trained, on what.
+        start: the base's weights, as `snapshot` keeps them.
+    """
+
+    material: Material
+    panels: Panels
+    parts: Parts
+    start: dict[str, torch.Tensor]
+
+
+def equip(config: RunConfig, material: Material) -> Equipment:
+    """Build networks, objective, optimizer and references.
+
+    Raises:
+        UserError: for weights or packages that are not at hand, or adapters that fit nowhere.
+    """
+    pipe = material.pipe
+    objective = Objective(
+        dict(pipe.scheduler.config), config.loss, build_perceptual(config.loss.perceptual_loss, pipe.vae)
+    )
+    weights = attach(pipe.unet, config.adapter, config.seed)
+    start = snapshot(pipe.unet, config.adapter)
+    pipe.to(material.device)
+    if config.train.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    parts = Parts(
+        unet=pipe.unet,
+        weights=weights,
+        optimizer=build_optimizer(weights.values(), config.train),
+        objective=objective,
+        conditioner=material.conditioner,
+        latents=material.train,
+        scaling_factor=float(pipe.vae.config.scaling_factor),
+        ema=ExponentialMovingAverage(weights, config.ema.decay, config.ema.warmup) if config.ema.enabled else None,
+    )
+    return Equipment(material, build_panels(config, material), parts, start)
+
+
 class _Run:
     """One training run: the trainer's hooks, and what they write to."""
 
     def __init__(
-        self, config: RunConfig, material: Material, tracker: Tracker, stop: StopRequest, folder: Path
+        self, config: RunConfig, equipment: Equipment, tracker: Tracker, stop: StopRequest, folder: Path
     ) -> None:
         self.config = config
-        self.material = material
+        self.material = equipment.material
+        self.parts = equipment.parts
+        self.start = equipment.start
+        self.panels = equipment.panels
         self.tracker = tracker
-        self.stop = stop
         self.folder = folder
         self.history = History(folder / "history.json")
-        self.console = Console(config.train.epochs, steps_per_epoch(config, len(material.train)))
-        self.settings = sampling_settings(config, material.train)
-        pipe = material.pipe
-        perceptual = build_perceptual(config.loss.perceptual_loss, pipe.vae)
-        self.objective = Objective(dict(pipe.scheduler.config), config.loss, perceptual)
-        self.console.say("measuring the photographs")
-        measured = build_panels(config, material)
-        self.panels, self.not_computed = measured.panels, measured.notes
-        self.evaluator = Evaluator(material, self.objective, self.settings, self.panels, config.evaluation, stop.check)
-        self.weights = attach(pipe.unet, config.adapter, config.seed)
-        self.start = snapshot(pipe.unet, config.adapter)
-        self.ema: ExponentialMovingAverage | None = None
-        self.trainer = self._build_trainer(CheckpointStore(folder / "checkpoints", config.checkpoint.keep_last))
-
-    def _build_trainer(self, store: CheckpointStore) -> Trainer:
-        config, pipe = self.config, self.material.pipe
-        device = self.material.device
-        pipe.to(device)
-        if config.train.gradient_checkpointing:
-            pipe.unet.enable_gradient_checkpointing()
-        if config.ema.enabled:
-            self.ema = ExponentialMovingAverage(self.weights, config.ema.decay, config.ema.warmup)
-        parts = Parts(
-            unet=pipe.unet,
-            weights=self.weights,
-            optimizer=build_optimizer(self.weights.values(), config.train),
-            objective=self.objective,
-            conditioner=self.material.conditioner,
-            latents=self.material.train,
-            scaling_factor=float(pipe.vae.config.scaling_factor),
-            ema=self.ema,
+        self.settings = sampling_settings(config, self.material.train)
+        self.evaluator = Evaluator(
+            self.material, self.parts.objective, self.settings, self.panels.panels, config.evaluation, stop.check
         )
-        facts = {"run_id": self.tracker.run_id, "data": dataset_digest(self.material.source.split)}
-        hooks = Hooks(self.evaluate, self.on_step, self.tracker.flush, self.stop.requested, facts)
-        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=config.train.mixed_precision)
-        return Trainer(parts, config, store, hooks, accelerator)
+        facts = {"run_id": tracker.run_id, "data": dataset_digest(self.material.source.split)}
+        hooks = Hooks(self.evaluate, self.on_step, tracker.flush, stop.requested, facts)
+        store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep_last)
+        accelerator = Accelerator(cpu=self.material.device.type == "cpu", mixed_precision=config.train.mixed_precision)
+        self.trainer = Trainer(self.parts, config, store, hooks, accelerator)
+        self.console = Console(config.train.epochs, self.trainer.steps_per_epoch)
 
     def describe(self, digest: str) -> None:
         """Log what the run is, before it does anything."""
@@ -154,8 +178,8 @@ class _Run:
             "learning_rate": config.train.learning_rate,
             "resolution_px": config.data.resolution_px,
             "seed": config.seed,
-            "trainable_fraction": round(trainable_fraction(pipe.unet, self.weights), 6),
-            "metric_identity": "; ".join(panel.reference.identity for panel in self.panels),
+            "trainable_fraction": round(trainable_fraction(pipe.unet, self.parts.weights), 6),
+            "metric_identity": "; ".join(panel.reference.identity for panel in self.panels.panels),
         }
         self.tracker.params(config, derived)
         self.tracker.text("config.yaml", dump_yaml(config))
@@ -163,7 +187,7 @@ class _Run:
             f"sha256.{part}": part_digest(getattr(pipe, part)) for part in ("vae", "text_encoder", "text_encoder_2")
         }
         self.tracker.tags(
-            provenance() | weights | {f"not_computed.{key}": reason for key, reason in self.not_computed.items()}
+            provenance() | weights | {f"not_computed.{key}": reason for key, reason in self.panels.notes.items()}
         )
         counts = {label: sum(r.label == label for r in source.split.train) for label in source.split.classes}
         self.tracker.dataset("photographs", digest, _origin(config), counts, "training")
@@ -198,12 +222,12 @@ class _Run:
 
     def shown_weights(self, epoch: int) -> list[str]:
         """Live weights always; their average where there is one that differs."""
-        averaged = self.ema is not None and epoch > 0 and "ema" in self.config.evaluation.weights
+        averaged = self.parts.ema is not None and epoch > 0 and "ema" in self.config.evaluation.weights
         return ["live", "ema"] if averaged else ["live"]
 
     def weights_of(self, shown: str) -> AbstractContextManager[None]:
         """The UNet holds these weights inside the block."""
-        return self.ema.applied(self.weights) if shown == "ema" and self.ema is not None else nullcontext()
+        return self.parts.ema.applied(self.parts.weights) if shown == "ema" and self.parts.ema else nullcontext()
 
     def movement(self, moved: dict[str, float]) -> dict[str, float]:
         """How far the weights have come, and how much of it the average shows."""

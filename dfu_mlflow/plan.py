@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 from dfu_mlflow.base.load import resolve_base
 from dfu_mlflow.config.load import dump_yaml
 from dfu_mlflow.config.schema import RunConfig
-from dfu_mlflow.memory import GIB, memory_plan
+from dfu_mlflow.memory import GIB, free_bytes, kept_checkpoints, memory_plan
 from dfu_mlflow.preparation import Source, read_source
 from dfu_mlflow.trainer import steps_per_epoch
 
@@ -51,11 +48,7 @@ def _step_lines(config: RunConfig, source: Source) -> list[str]:
 
 def _size_lines(config: RunConfig) -> list[str]:
     plan = memory_plan(config, resolve_base(config.base_model))
-    kept = config.checkpoint.keep_last + 2  # the best one, and the one being written
-    place = config.output_dir
-    while not place.exists():
-        place = place.parent
-    free_gib = shutil.disk_usage(Path(place)).free / GIB
+    place, free = free_bytes(config.output_dir)
     parts = [f"  {name:<32}{gib:8.2f} GiB" for name, gib in plan["memory_gib"].items()]
     return [
         "",
@@ -65,5 +58,6 @@ def _size_lines(config: RunConfig) -> list[str]:
         "estimated peak memory of training:",
         *parts,
         f"  {'sum':<32}{sum(plan['memory_gib'].values()):8.2f} GiB",
-        f"disk for checkpoints: {kept} x {plan['checkpoint_gib']:.2f} GiB; free at {place}: {free_gib:.1f} GiB",
+        f"disk for checkpoints: {kept_checkpoints(config)} x {plan['checkpoint_gib']:.2f} GiB; "
+        f"free at {place}: {free / GIB:.1f} GiB",
     ]

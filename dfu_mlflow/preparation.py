@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 
 from dfu_mlflow.base.autoencoder import VaeEncoder
 from dfu_mlflow.base.load import check_resolution, load_base, resolve_base
@@ -15,7 +14,7 @@ from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.data import Audit, RowCache, default_cache_dir, encode_evaluation_latents, encode_latents, load_split
 from dfu_mlflow.runtime import pick_device
 from dfu_mlflow.sampling import Settings
-from dfu_mlflow.types import Latents, Split
+from dfu_mlflow.types import Latents, Pipeline, Split
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Material:
     """
 
     source: Source
-    pipe: StableDiffusionXLPipeline
+    pipe: Pipeline
     conditioner: Conditioner
     train: Latents
     held_out: Latents

@@ -19,7 +19,6 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
-    StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
 )
 from safetensors.torch import load_file
@@ -31,6 +30,7 @@ from dfu_mlflow.config.schema import AdapterConfig
 from dfu_mlflow.ema import copy_into
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.runtime import generator, pick_device
+from dfu_mlflow.types import Pipeline
 
 FORMAT = 1
 
@@ -40,7 +40,8 @@ class Settings:
     """How pictures are drawn.
 
     Attributes:
-        guidance_scale: w of classifier-free guidance, e(none) + w (e(prompt) - e(none)); 1 and below use the prompt alone.
+        guidance_scale: w of classifier-free guidance, e(none) + w (e(prompt) - e(none)); 1 and below use the prompt
+            alone.
         num_inference_steps: solver steps.
         scheduler: `base` (the base's own), `ddim`, `euler`, `dpmpp_2m` or `unipc`.
         guidance_rescale: share of the contrast restored after guidance.
@@ -74,7 +75,7 @@ def build_scheduler(config: dict[str, Any], name: str, prediction_type: str | No
 
 @torch.no_grad()
 def generate(
-    pipe: StableDiffusionXLPipeline,
+    pipe: Pipeline,
     conditioner: Conditioner,
     class_ids: torch.Tensor,
     seeds: Sequence[int],
@@ -100,9 +101,7 @@ def generate(
     return np.concatenate(images)
 
 
-def _draw_batch(
-    pipe: StableDiffusionXLPipeline, told: dict[str, Any], seeds: Sequence[int], settings: Settings
-) -> np.ndarray:
+def _draw_batch(pipe: Pipeline, told: dict[str, Any], seeds: Sequence[int], settings: Settings) -> np.ndarray:
     edge = settings.resolution_px // pipe.vae_scale_factor
     shape = (int(pipe.unet.config.in_channels), edge, edge)
     sources = [generator(seed, "image") for seed in seeds]
@@ -138,9 +137,7 @@ class Sampler:
         batch_size: images drawn at a time.
     """
 
-    def __init__(
-        self, pipe: StableDiffusionXLPipeline, conditioner: Conditioner, settings: Settings, batch_size: int
-    ) -> None:
+    def __init__(self, pipe: Pipeline, conditioner: Conditioner, settings: Settings, batch_size: int) -> None:
         self.pipe = pipe
         self.conditioner = conditioner
         self.settings = settings

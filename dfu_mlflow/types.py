@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+
+Pipeline: TypeAlias = Any
+"""A `diffusers.StableDiffusionXLPipeline`: its parts are attributes set at run time, unknown to type checkers."""
 
 Box = tuple[int, int, int, int]
 """(xmin, ymin, xmax, ymax) in source pixels, right and bottom exclusive."""

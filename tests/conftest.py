@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,21 +87,27 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def small_config_at(random_base: Path, photographs: Path) -> Callable[[Path], RunConfig]:
+    """Makes configurations of a run of a few steps on the random base, with everything it writes below a folder."""
+
+    def at(folder: Path) -> RunConfig:
+        tree = {
+            "base_model": str(random_base),
+            "output_dir": str(folder / "out"),
+            "device": "cpu",
+            "data": {"root": str(photographs), "group_by": r"^P(\d+)", "cache_dir": str(folder / "cache")},
+            "train": {"epochs": 2, "steps_per_epoch": 3, "batch_size": 4, "warmup_steps": 2},
+            "sampling": {"num_inference_steps": 2},
+            "evaluation": {"samples": 12, "grid_per_class": 2, "validation_images": 6, "validation_timesteps": 4},
+            "tracking": {"log_every_steps": 1, "system_metrics": False},
+        }
+        return validate(RunConfig, tree)
+
+    return at
+
+
 @pytest.fixture
-def small_config(random_base: Path, photographs: Path, tmp_path: Path) -> RunConfig:
+def small_config(small_config_at: Callable[[Path], RunConfig], tmp_path: Path) -> RunConfig:
     """A run of a few steps on the random base."""
-    return validate(RunConfig, small_tree(random_base, photographs, tmp_path))
-
-
-def small_tree(base: Path, photographs: Path, folder: Path) -> dict[str, object]:
-    """The settings of `small_config` as nested mappings."""
-    return {
-        "base_model": str(base),
-        "output_dir": str(folder / "out"),
-        "device": "cpu",
-        "data": {"root": str(photographs), "group_by": r"^P(\d+)", "cache_dir": str(folder / "cache")},
-        "train": {"epochs": 2, "steps_per_epoch": 3, "batch_size": 4, "warmup_steps": 2},
-        "sampling": {"num_inference_steps": 2},
-        "evaluation": {"samples": 12, "grid_per_class": 2, "validation_images": 6, "validation_timesteps": 4},
-        "tracking": {"log_every_steps": 1, "system_metrics": False},
-    }
+    return small_config_at(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -56,9 +57,7 @@ def snapshot(unet: nn.Module, config: AdapterConfig) -> dict[str, torch.Tensor]:
     """The base's weights on the CPU, to measure displacement against; LoRA needs only their norm."""
     if config.method == "full":
         return {name: weight.detach().cpu().clone() for name, weight in unet.named_parameters()}
-    total = sum(
-        float(weight.detach().double().pow(2).sum()) for name, weight in unet.named_parameters() if "lora_" not in name
-    )
+    total = sum(_squares(weight.detach()) for name, weight in unet.named_parameters() if "lora_" not in name)
     return {"norm": torch.tensor(math.sqrt(total), dtype=torch.float64)}
 
 
@@ -69,15 +68,12 @@ def displacement(unet: nn.Module, base: Mapping[str, torch.Tensor]) -> float:
     For LoRA the difference is each adapter's own scale * B A; a DoRA magnitude is not counted.
     """
     if "norm" in base:
-        moved = sum(
-            float(layer.get_delta_weight(ADAPTER).double().pow(2).sum())  # type: ignore[operator]
-            for layer in unet.modules()
-            if isinstance(layer, LoraLayer)
-        )
-        return math.sqrt(moved) / float(base["norm"])
-    moved = norm = 0.0
-    for name, weight in unet.named_parameters():
-        start = base[name].double()
-        moved += float((weight.detach().cpu().double() - start).pow(2).sum())
-        norm += float(start.pow(2).sum())
-    return math.sqrt(moved / norm)
+        layers: list[Any] = [layer for layer in unet.modules() if isinstance(layer, LoraLayer)]
+        return math.sqrt(sum(_squares(layer.get_delta_weight(ADAPTER)) for layer in layers)) / float(base["norm"])
+    weights = dict(unet.named_parameters())
+    moved = sum(_squares(weights[name].detach().cpu().double() - start.double()) for name, start in base.items())
+    return math.sqrt(moved / sum(_squares(start) for start in base.values()))
+
+
+def _squares(values: Any) -> float:
+    return float(values.double().pow(2).sum())

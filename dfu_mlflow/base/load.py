@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from diffusers import StableDiffusionXLPipeline
 from torch import nn
 
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.runtime import state_digest
+from dfu_mlflow.types import Pipeline
 
 EMBEDDED = {"tiny_sdxl": Path(__file__).resolve().parent / "weights" / "tiny_sdxl"}
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -34,7 +39,7 @@ def resolve_base(base_model: str) -> str:
     return str(folder)
 
 
-def load_base(base_model: str) -> StableDiffusionXLPipeline:
+def load_base(base_model: str) -> Pipeline:
     """The whole pipeline in float32 on the CPU, nothing trainable.
 
     Raises:
@@ -42,9 +47,10 @@ def load_base(base_model: str) -> StableDiffusionXLPipeline:
     """
     source = resolve_base(base_model)
     try:
-        pipe = StableDiffusionXLPipeline.from_pretrained(
-            source, torch_dtype=torch.float32, use_safetensors=True, add_watermarker=False
-        )
+        with _without_progress_bars():
+            pipe = StableDiffusionXLPipeline.from_pretrained(
+                source, dtype=torch.float32, use_safetensors=True, add_watermarker=False
+            )
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -62,12 +68,12 @@ def part_digest(module: nn.Module) -> str:
     return state_digest(dict(module.state_dict()))
 
 
-def image_factor(pipe: StableDiffusionXLPipeline) -> int:
+def image_factor(pipe: Pipeline) -> int:
     """Pixels an edge of one latent cell: resolutions must be multiples of it times the UNet's own downscaling."""
     return int(pipe.vae_scale_factor)
 
 
-def check_resolution(pipe: StableDiffusionXLPipeline, resolution_px: int) -> None:
+def check_resolution(pipe: Pipeline, resolution_px: int) -> None:
     """Refuse a resolution that the autoencoder and the UNet cannot halve down evenly.
 
     Raises:
@@ -81,6 +87,21 @@ def check_resolution(pipe: StableDiffusionXLPipeline, resolution_px: int) -> Non
             f"--data.resolution_px {resolution_px} is not divisible by {step} (autoencoder {image_factor(pipe)}x, UNet "
             f"{step // image_factor(pipe)}x): use {choices}"
         )
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Loading takes a second or reads a local disk: bars for it bury the messages that matter."""
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    shown = [library.is_progress_bar_enabled() for library in libraries]
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, was_shown in zip(libraries, shown, strict=True):
+            if was_shown:
+                library.enable_progress_bar()
 
 
 def _check_layout(folder: Path) -> None:

@@ -40,8 +40,13 @@ SDXL_VAE: dict[str, Any] = {
     "latent_channels": 4,
     "scaling_factor": 0.13025,
 }
-SDXL_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-SDXL_TEXT_2 = {
+SDXL_TEXT: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+SDXL_TEXT_2: dict[str, Any] = {
     "hidden_size": 1280,
     "intermediate_size": 5120,
     "num_hidden_layers": 32,

@@ -1,6 +1,7 @@
 """The frozen configuration, one section a stage. Defaults live here and nowhere else.
 
-The defaults are those of the embedded base (`tiny_sdxl`) on the embedded data (`phantom`); a preset states what differs.
+The defaults are those of the embedded base (`tiny_sdxl`) on the embedded data (`phantom`); a preset states what is
+different.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Section(BaseModel):
         lists = {
             name
             for name, info in cls.model_fields.items()
-            if tuple in map(get_origin, (info.annotation, *get_args(info.annotation)))
+            if any(get_origin(kind) is tuple for kind in (info.annotation, *get_args(info.annotation)))
         }
         return {
             name: [part.strip() for part in value.split(",")] if name in lists and isinstance(value, str) else value
@@ -57,7 +58,7 @@ class DataConfig(Section):
     root: str | None = "phantom"
     """`phantom`, or a folder holding one sub-folder a class (`CLASS/*` or `MODALITY/CLASS/*`); None with a manifest."""
     manifest: Path | None = None
-    """CSV with columns path, label, patient and optionally xmin, ymin, xmax, ymax; paths relative to `root` or to the file."""
+    """CSV: columns path, label, patient, optionally xmin, ymin, xmax, ymax; paths relative to `root` or the CSV."""
     bounding_boxes: Path | None = None
     """CSV with columns Filename, Xmin, Ymin, Xmax, Ymax; several rows an image are several pictures."""
     group_by: str | None = None

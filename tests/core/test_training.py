@@ -83,16 +83,20 @@ def test_micro_batches_equal_the_full_batch(small_config: RunConfig, tmp_path: P
     micro = build(changed(small_config, parts), tmp_path / "b")
     for trainer in (full, micro):
         trainer.fit()
-    worst = max(
-        float((a - b).abs().max()) for a, b in zip(clones(full).values(), clones(micro).values(), strict=True)
-    )
+    worst = max(float((a - b).abs().max()) for a, b in zip(clones(full).values(), clones(micro).values(), strict=True))
     # Adam turns a rounding difference of the gradient near zero into a difference of at most the step size.
     assert worst < 2e-5
 
 
 def test_one_batch_overfits(small_config: RunConfig, tmp_path: Path) -> None:
     change = {
-        "train": {"epochs": 1, "steps_per_epoch": 150, "batch_size": 4, "learning_rate": 3e-3, "lr_schedule": "constant"},
+        "train": {
+            "epochs": 1,
+            "steps_per_epoch": 150,
+            "batch_size": 4,
+            "learning_rate": 3e-3,
+            "lr_schedule": "constant",
+        },
         "prompts": {"dropout": 0.0},
     }
     trainer = build(changed(small_config, change), tmp_path)
@@ -201,7 +205,9 @@ def test_perceptual_term_leaves_out_what_is_above_its_window(small_config: RunCo
 def test_learning_rate_reaches_its_planned_end_in_optimizer_steps(small_config: RunConfig, tmp_path: Path) -> None:
     rates: list[float] = []
     hooks = Hooks(lambda *_: None, lambda _, figures: rates.append(figures["step/lr"]), lambda: None, lambda: False)
-    change = {"train": {"gradient_accumulation_steps": 3, "batch_size": 2, "lr_schedule": "linear", "learning_rate": 1.0}}
+    change = {
+        "train": {"gradient_accumulation_steps": 3, "batch_size": 2, "lr_schedule": "linear", "learning_rate": 1.0}
+    }
     build(changed(small_config, change), tmp_path, hooks).fit()
     assert rates == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25])
 

@@ -1,0 +1,131 @@
+"""A run killed at any moment and resumed equals the unbroken one: weights bit for bit, one MLflow run, one curve."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+
+from dfu_mlflow.config import RunConfig
+from dfu_mlflow.config.load import merge, validate
+
+Watch = Callable[[Path], bool]
+
+
+def child(
+    context: multiprocessing.context.ForkServerContext, config: RunConfig, store: str
+) -> multiprocessing.process.BaseProcess:
+    """A training run in a process whose libraries are loaded already, so that it costs seconds."""
+    names = {"CONFIG": config.model_dump_json(), "STORE": store}
+    return context.Process(target=runpy.run_path, args=(str(Path(__file__).with_name("train_child.py")), names))
+
+
+@pytest.fixture(scope="module")
+def context() -> multiprocessing.context.ForkServerContext:
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["dfu_mlflow.pipeline", "mlflow.store.tracking.sqlalchemy_store"])
+    return server
+
+
+def checkpoints(out: Path) -> list[str]:
+    return sorted(path.parent.name for path in out.glob("*/checkpoints/step-*/state.json"))
+
+
+def mid_step(out: Path) -> bool:
+    """Inside the second epoch: its mid-epoch checkpoint is there, the next one is not begun."""
+    return "step-00000016" in checkpoints(out)
+
+
+def mid_checkpoint(out: Path) -> bool:
+    return any(out.glob("*/checkpoints/.partial-step-00000012"))
+
+
+def mid_evaluation(out: Path) -> bool:
+    """The first epoch's last checkpoint is there, its evaluation is not."""
+    return "step-00000012" in checkpoints(out)
+
+
+def kill_when(process: multiprocessing.process.BaseProcess, watch: Watch, out: Path) -> None:
+    """SIGKILL the moment `watch` is true."""
+    deadline = time.monotonic() + 120
+    while not watch(out):
+        assert process.is_alive(), f"ended before {watch.__name__}"
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    (folder,) = out.iterdir()
+    return {
+        f"{kind}.{name}": value
+        for kind in ("weights", "ema", "optimizer")
+        for name, value in load_file(folder / "checkpoints" / "step-00000024" / f"{kind}.safetensors").items()
+    }
+
+
+def run(context: multiprocessing.context.ForkServerContext, config: RunConfig, store: str) -> None:
+    process = child(context, config, store)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+@pytest.fixture(scope="module")
+def unbroken(
+    context: multiprocessing.context.ForkServerContext,
+    small_config_at: Callable[[Path], RunConfig],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[dict[str, object], Path, str]:
+    folder = tmp_path_factory.mktemp("unbroken")
+    change = {
+        "train": {"steps_per_epoch": 12},
+        "checkpoint": {"every_steps": 4},
+        "adapter": {"method": "lora", "dropout": 0.2},
+    }
+    tree = merge(small_config_at(folder).model_dump(mode="json"), change)
+    store = f"sqlite:///{folder}/mlflow.db"
+    run(context, validate(RunConfig, tree), store)
+    return tree, folder, store
+
+
+def curve(store: str, key: str) -> list[tuple[int, float]]:
+    client = MlflowClient(store)
+    (one,) = client.search_runs([client.get_experiment_by_name("dfu-mlflow").experiment_id])
+    assert one.info.status == "FINISHED"
+    return [(point.step, point.value) for point in client.get_metric_history(one.info.run_id, key)]
+
+
+@pytest.mark.parametrize("watch", [mid_step, mid_checkpoint, mid_evaluation])
+def test_killed_and_resumed_equals_unbroken(
+    context: multiprocessing.context.ForkServerContext,
+    unbroken: tuple[dict[str, object], Path, str],
+    tmp_path: Path,
+    watch: Watch,
+) -> None:
+    tree, folder, store = unbroken
+    mine = f"sqlite:///{tmp_path}/mlflow.db"
+    config = validate(RunConfig, merge(tree, {"output_dir": str(tmp_path / "out"), "resume": "latest"}))
+    process = child(context, config, mine)
+    process.start()
+    kill_when(process, watch, tmp_path / "out")
+    run(context, config, mine)
+
+    expected, found = weights(folder / "out"), weights(tmp_path / "out")
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    for key in ("step/loss", "val/loss", "train/loss", "epoch", "eval/kid"):
+        assert curve(mine, key) == curve(store, key), key
+    assert [step for step, _ in curve(mine, "step/loss")] == list(range(1, 25))
