@@ -17,7 +17,7 @@ import mlflow.models
 import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from PIL import Image
 
 from dfu_mlflow.errors import UserError
@@ -41,7 +41,7 @@ class Draws(Protocol):
         """uint8 [N, H, W, 3], one image for each (label, seed)."""
 
 
-class SamplerModel(PythonModel):  # type: ignore[misc]
+class SamplerModel(PythonModel):
     """Draws pictures by class label.
 
     `model_config` of `mlflow.pyfunc.load_model` (or the variable SERVING_MODEL_CONFIG of a server) sets `device`,
