@@ -1,65 +1,27 @@
-"""The only wiring: which parts make a training run, and how their figures leave it."""
+"""The only wiring: which parts make a training run."""
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-from accelerate import Accelerator
-
-from dfu_mlflow.base.adapters import attach, displacement, snapshot, trainable_fraction
-from dfu_mlflow.base.load import part_digest, resolve_base
-from dfu_mlflow.bundle import BundleSource, write_bundle
-from dfu_mlflow.checkpoint import CheckpointStore, find_checkpoint, load_checkpoint
-from dfu_mlflow.conditioning import prompt_length
-from dfu_mlflow.config.load import dump_yaml
-from dfu_mlflow.config.prompts import resolve_style
+from dfu_mlflow.base.adapters import attach, snapshot
+from dfu_mlflow.base.load import PARTS, part_digest, resolve_base
+from dfu_mlflow.batches import Batches
+from dfu_mlflow.checkpoint import find_checkpoint, load_checkpoint
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.data import dataset_digest
 from dfu_mlflow.ema import ExponentialMovingAverage
-from dfu_mlflow.evaluator import Evaluator, Measurement
-from dfu_mlflow.history import History
 from dfu_mlflow.interrupt import StopRequest
 from dfu_mlflow.memory import check_disk
 from dfu_mlflow.objective import Objective
 from dfu_mlflow.optimizers import build_optimizer
-from dfu_mlflow.panels import Panels, build_panels
+from dfu_mlflow.panels import build_panels
 from dfu_mlflow.perceptual import build_perceptual
-from dfu_mlflow.preparation import Material, prepare, read_source, sampling_settings
-from dfu_mlflow.progress import Console
+from dfu_mlflow.preparation import Material, prepare, read_source
 from dfu_mlflow.resume import check_same_run
-from dfu_mlflow.runtime import provenance
-from dfu_mlflow.tracking import Tracker, track
-from dfu_mlflow.trainer import Hooks, Parts, Score, Trainer
-from dfu_mlflow.verdict import score, success_verdict
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """How a training run ended.
-
-    Attributes:
-        run_id: the MLflow run.
-        folder: checkpoints, history and the bundle.
-        bundle: the best checkpoint as a sampler, None if nothing was trained.
-        best_epoch: its epoch.
-        shown: its weights, `live` or `ema`.
-        figures: its figures.
-        verdict: against the configured success criterion.
-    """
-
-    run_id: str
-    folder: Path
-    bundle: Path | None
-    best_epoch: int
-    shown: str
-    figures: dict[str, float]
-    verdict: str
+from dfu_mlflow.tracking import track
+from dfu_mlflow.trainer import Parts
+from dfu_mlflow.training_run import Equipment, TrainingResult, TrainingRun
 
 
 def run_training(config: RunConfig, publish: Callable[[TrainingResult], None] | None = None) -> TrainingResult:
@@ -83,7 +45,7 @@ def run_training(config: RunConfig, publish: Callable[[TrainingResult], None] | 
         equipment = equip(config, prepare(config, source))
         with track(config, checkpoint.state["run_id"] if checkpoint else None) as tracker:
             folder = resumed_from.parent.parent if resumed_from else config.output_dir / tracker.run_id[:8]
-            run = _Run(config, equipment, tracker, stop, folder)
+            run = TrainingRun(config, equipment, tracker, stop, folder)
             run.describe(digest)
             if checkpoint is not None:
                 run.trainer.restore(checkpoint)
@@ -92,23 +54,6 @@ def run_training(config: RunConfig, publish: Callable[[TrainingResult], None] | 
             if publish is not None:
                 publish(result)
     return result
-
-
-@dataclass(frozen=True)
-class Equipment:
-    """Everything that training works with, built before the MLflow run is opened.
-
-    Attributes:
-        material: base, latents and prompts.
-        panels: what generated images are measured against.
-        parts: what is trained, on what.
-        start: the base's weights, as `snapshot` keeps them.
-    """
-
-    material: Material
-    panels: Panels
-    parts: Parts
-    start: dict[str, torch.Tensor]
 
 
 def equip(config: RunConfig, material: Material) -> Equipment:
@@ -121,6 +66,7 @@ def equip(config: RunConfig, material: Material) -> Equipment:
     objective = Objective(
         dict(pipe.scheduler.config), config.loss, build_perceptual(config.loss.perceptual_loss, pipe.vae)
     )
+    digests = {part: part_digest(getattr(pipe, part)) for part in PARTS}
     weights = attach(pipe.unet, config.adapter, config.seed)
     start = snapshot(pipe.unet, config.adapter)
     pipe.to(material.device)
@@ -132,161 +78,7 @@ def equip(config: RunConfig, material: Material) -> Equipment:
         optimizer=build_optimizer(weights.values(), config.train),
         objective=objective,
         conditioner=material.conditioner,
-        latents=material.train,
-        scaling_factor=float(pipe.vae.config.scaling_factor),
+        batches=Batches(material.train, float(pipe.vae.config.scaling_factor), config),
         ema=ExponentialMovingAverage(weights, config.ema.decay, config.ema.warmup) if config.ema.enabled else None,
     )
-    return Equipment(material, build_panels(config, material), parts, start)
-
-
-class _Run:
-    """One training run: the trainer's hooks, and what they write to."""
-
-    def __init__(
-        self, config: RunConfig, equipment: Equipment, tracker: Tracker, stop: StopRequest, folder: Path
-    ) -> None:
-        self.config = config
-        self.material = equipment.material
-        self.parts = equipment.parts
-        self.start = equipment.start
-        self.panels = equipment.panels
-        self.tracker = tracker
-        self.folder = folder
-        self.history = History(folder / "history.json")
-        self.settings = sampling_settings(config, self.material.train)
-        self.evaluator = Evaluator(
-            self.material, self.parts.objective, self.settings, self.panels.panels, config.evaluation, stop.check
-        )
-        facts = {"run_id": tracker.run_id, "data": dataset_digest(self.material.source.split)}
-        hooks = Hooks(self.evaluate, self.on_step, tracker.flush, stop.requested, facts)
-        store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep_last)
-        accelerator = Accelerator(cpu=self.material.device.type == "cpu", mixed_precision=config.train.mixed_precision)
-        self.trainer = Trainer(self.parts, config, store, hooks, accelerator)
-        self.console = Console(config.train.epochs, self.trainer.steps_per_epoch)
-
-    def describe(self, digest: str) -> None:
-        """Log what the run is, before it does anything."""
-        config, pipe, source = self.config, self.material.pipe, self.material.source
-        perceptual = config.loss.perceptual_loss
-        derived = {
-            "prompt_length": prompt_length(pipe, list(source.prompts.values())),
-            "prompt_style": resolve_style(config.prompts),
-            "guidance_scale": config.sampling.guidance_scale,
-            "perceptual_weight": perceptual.weight if perceptual.enabled else 0,
-            "method": config.adapter.method,
-            "base_model": config.base_model,
-            "learning_rate": config.train.learning_rate,
-            "resolution_px": config.data.resolution_px,
-            "seed": config.seed,
-            "trainable_fraction": round(trainable_fraction(pipe.unet, self.parts.weights), 6),
-            "metric_identity": "; ".join(panel.reference.identity for panel in self.panels.panels),
-        }
-        self.tracker.params(config, derived)
-        self.tracker.text("config.yaml", dump_yaml(config))
-        weights = {
-            f"sha256.{part}": part_digest(getattr(pipe, part)) for part in ("vae", "text_encoder", "text_encoder_2")
-        }
-        self.tracker.tags(
-            provenance() | weights | {f"not_computed.{key}": reason for key, reason in self.panels.notes.items()}
-        )
-        counts = {label: sum(r.label == label for r in source.split.train) for label in source.split.classes}
-        self.tracker.dataset("photographs", digest, _origin(config), counts, "training")
-        counts = {label: sum(r.label == label for r in source.split.held_out) for label in source.split.classes}
-        self.tracker.dataset("photographs-held-out", digest, _origin(config), counts, "evaluation")
-        self.console.opening(config, source, derived, self.tracker.run_id)
-
-    def on_step(self, step: int, figures: dict[str, float]) -> None:
-        """A step is done: show it, and log every few."""
-        self.console.step(step, figures)
-        if step % self.config.tracking.log_every_steps == 0:
-            self.tracker.step(step, figures)
-
-    def evaluate(self, epoch: int, training: dict[str, float]) -> Score | None:
-        """An epoch is done (0: none yet): measure it, log it, and say how good it is."""
-        self.console.evaluating(epoch)
-        base = self.history.baseline() if epoch > 0 else None
-        measured: dict[str, Measurement] = {}
-        figures = {"epoch": float(epoch), **training}
-        moved: dict[str, float] = {}
-        for shown in self.shown_weights(epoch):
-            with self.weights_of(shown):
-                measured[shown] = self.evaluator.measure(shown, base, self.config.sampling.batch_size)
-                moved[shown] = displacement(self.material.pipe.unet, self.start)
-        for shown, measurement in measured.items():
-            suffix = "" if shown == "live" else "_ema"
-            figures |= {f"val{suffix}/{name}": value for name, value in measurement.validation.items()}
-            figures |= {f"eval{suffix}/{name}": value for name, value in measurement.figures.items()}
-        figures |= self.movement(moved)
-        self.log_epoch(epoch, figures, measured)
-        return self.best_score(measured)
-
-    def shown_weights(self, epoch: int) -> list[str]:
-        """Live weights always; their average where there is one that differs."""
-        averaged = self.parts.ema is not None and epoch > 0 and "ema" in self.config.evaluation.weights
-        return ["live", "ema"] if averaged else ["live"]
-
-    def weights_of(self, shown: str) -> AbstractContextManager[None]:
-        """The UNet holds these weights inside the block."""
-        return self.parts.ema.applied(self.parts.weights) if shown == "ema" and self.parts.ema else nullcontext()
-
-    def movement(self, moved: dict[str, float]) -> dict[str, float]:
-        """How far the weights have come, and how much of it the average shows."""
-        figures = {"model/displacement": moved["live"]}
-        if "ema" in moved and moved["live"] > 0:
-            figures["ema/coverage"] = moved["ema"] / moved["live"]
-        return figures
-
-    def log_epoch(self, epoch: int, figures: dict[str, float], measured: dict[str, Measurement]) -> None:
-        """Everything an epoch leaves behind."""
-        self.tracker.epoch(epoch, figures)
-        for shown, measurement in measured.items():
-            for label, grid in measurement.grids.items():
-                self.tracker.image(f"samples{'' if shown == 'live' else '_ema'}/{label}", epoch, grid)
-            suffix = "" if shown == "live" else "_ema"
-            own = {
-                key: value for key, value in figures.items() if key.split("/")[0] in (f"eval{suffix}", f"val{suffix}")
-            }
-            self.tracker.checkpoint(epoch, shown, own)
-        self.history.add(epoch, figures, measured)
-        success = self.config.evaluation.success
-        name = f"eval/{success.metric}" if success else ""
-        self.tracker.tags({"verdict": success_verdict(success, self.history.series(name), epoch)})
-        self.console.epoch(epoch, figures)
-
-    def best_score(self, measured: dict[str, Measurement]) -> Score | None:
-        """The better of the measured weights, by the configured metric."""
-        metric = self.config.evaluation.best_metric
-        scores = []
-        for shown, measurement in measured.items():
-            value = score(measurement.figures | {f"val_{k}": v for k, v in measurement.validation.items()}, metric)
-            if value is not None:
-                scores.append(Score(value, shown))
-        return min(scores, key=lambda one: one.value) if scores else None
-
-    def finish(self) -> TrainingResult:
-        """Export the best checkpoint and say how the run ended."""
-        store = self.trainer.store
-        best = store.best()
-        newest = store.complete()[-1].name
-        name, shown = (str(best["checkpoint"]), str(best["shown"])) if best else (newest, "live")
-        epoch = int(best["epoch"]) if best else self.config.train.epochs
-        bundle = self.folder / "sampler"
-        shutil.rmtree(bundle, ignore_errors=True)
-        file = store.folder / name / ("ema.safetensors" if shown == "ema" else "weights.safetensors")
-        write_bundle(bundle, self.config, BundleSource(file, self.material.source.prompts, self.settings, shown))
-        success = self.config.evaluation.success
-        series = self.history.series(f"eval/{success.metric}") if success else {}
-        verdict = success_verdict(success, series, self.config.train.epochs)
-        self.tracker.tags({"best.epoch": str(epoch), "best.weights": shown, "verdict": verdict})
-        self.console.close()
-        return TrainingResult(
-            self.tracker.run_id, self.folder, bundle, epoch, shown, self.history.figures(epoch), verdict
-        )
-
-
-def _origin(config: RunConfig) -> str:
-    """Where the photographs are, as MLflow is told: a digest of the path, for paths may name people."""
-    if config.data.root == "phantom":
-        return "phantom"
-    place = str(config.data.root or config.data.manifest)
-    return f"local:{hashlib.sha256(place.encode()).hexdigest()[:12]}"
+    return Equipment(material, build_panels(config, material), parts, start, digests)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dfu_mlflow.base.load import resolve_base
+from dfu_mlflow.batches import steps_per_epoch
 from dfu_mlflow.config.load import dump_yaml
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.memory import GIB, free_bytes, kept_checkpoints, memory_plan
 from dfu_mlflow.preparation import Source, read_source
-from dfu_mlflow.trainer import steps_per_epoch
 
 
 def print_plan(config: RunConfig) -> None:

@@ -7,28 +7,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from dfu_mlflow.base.adapters import Weights
+from dfu_mlflow.batches import Batches
 from dfu_mlflow.checkpoint import Checkpoint, CheckpointStore, checkpoint_name, load_optimizer, optimizer_tensors
 from dfu_mlflow.conditioning import Conditioner
 from dfu_mlflow.config.schema import RunConfig
-from dfu_mlflow.data import epoch_order
 from dfu_mlflow.ema import ExponentialMovingAverage, copy_into
 from dfu_mlflow.errors import Interrupted, UserError
-from dfu_mlflow.objective import LossTerms, Objective, draw
+from dfu_mlflow.objective import LossTerms, Objective
 from dfu_mlflow.perceptual import gradient_shares
 from dfu_mlflow.runtime import derive_seed
 from dfu_mlflow.schedules import lr_factor
-from dfu_mlflow.types import Batch, Latents
+from dfu_mlflow.types import Batch
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,7 @@ class Parts:
         optimizer: over `weights`, in their order.
         objective: the loss.
         conditioner: encoded prompts.
-        latents: the training rows.
-        scaling_factor: what the autoencoder's latents are multiplied by.
+        batches: the training rows, dealt out by step.
         ema: the moving average, or None.
     """
 
@@ -51,8 +49,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     objective: Objective
     conditioner: Conditioner
-    latents: Latents
-    scaling_factor: float
+    batches: Batches
     ema: ExponentialMovingAverage | None
 
 
@@ -137,7 +134,7 @@ class Trainer:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps an epoch."""
-        return steps_per_epoch(self.config, len(self.parts.latents))
+        return self.parts.batches.steps_per_epoch
 
     def fit(self) -> None:
         """Train to the end, evaluating the untouched base first and every epoch after.
@@ -175,7 +172,7 @@ class Trainer:
         """One optimizer update, the `position`-th of its epoch."""
         started = time.perf_counter()
         rate = self.set_learning_rate()
-        batches = list(self.micro_batches(position))
+        batches = list(self.parts.batches.of_step(self.progress.epoch, position))
         figures = self.gradient_figures(batches[0]) if position == 0 else {}
         losses = [self.forward_backward(batch, last=batch is batches[-1]) for batch in batches]
         norm = self.update()
@@ -240,37 +237,6 @@ class Trainer:
                 f"{self.progress.step} on {', '.join(sorted(set(names))[:8])}; last good checkpoint: "
                 f"{good[-1] if good else 'none'}; lower --train.learning_rate or set --train.mixed_precision no"
             )
-
-    def micro_batches(self, position: int) -> Iterator[Batch]:
-        """The micro-batches of the `position`-th step of this epoch: pure in (seed, epoch, position)."""
-        size, parts = self.config.train.batch_size, self.config.train.gradient_accumulation_steps
-        count = self.steps_per_epoch * size * parts
-        rows = self.epoch_rows(count)
-        for micro in range(parts):
-            first = (position * parts + micro) * size
-            offset = (self.progress.epoch - 1) * count
-            yield self.batch(rows[first : first + size], range(offset + first, offset + first + size))
-
-    def epoch_rows(self, count: int) -> np.ndarray:
-        """Row of each sample of the current epoch."""
-        ids = self.parts.latents.class_ids.numpy()
-        return epoch_order(ids, count, self.progress.epoch, self.config.seed, self.config.data.class_balanced)
-
-    def batch(self, rows: np.ndarray, sample_ids: range) -> Batch:
-        """Pick rows and draw their latents from the autoencoder's posterior."""
-        rows_of, index = self.parts.latents, torch.from_numpy(rows)
-        mean, deviation = rows_of.moments[index].float().chunk(2, dim=1)
-        draws = draw(
-            self.config.seed, tuple(sample_ids), tuple(mean.shape[1:]), self.config.loss, self.config.prompts.dropout
-        )
-        return Batch(
-            latents=(mean + deviation * draws.posterior) * self.parts.scaling_factor,
-            class_ids=rows_of.class_ids[index],
-            time_ids=rows_of.time_ids[index],
-            sample_ids=tuple(sample_ids),
-            names=tuple(rows_of.names[row] for row in rows),
-            draws=draws,
-        )
 
     def gradient_figures(self, batch: Batch) -> dict[str, float]:
         """Share of the gradient norm that each loss term has, measured on the first micro-batch of the epoch."""
@@ -351,10 +317,3 @@ class Trainer:
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**{key: state[key] for key in vars(Progress())})
-
-
-def steps_per_epoch(config: RunConfig, rows: int) -> int:
-    """Optimizer steps an epoch: as configured, or one pass over the training rows."""
-    return config.train.steps_per_epoch or math.ceil(
-        rows / (config.train.batch_size * config.train.gradient_accumulation_steps)
-    )

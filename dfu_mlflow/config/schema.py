@@ -234,7 +234,8 @@ class EvaluationConfig(Section):
     validation_images: Positive = 64
     validation_timesteps: Annotated[int, Field(ge=4)] = 8
     """Timesteps of the fixed validation grid, spread over four bins."""
-    weights: tuple[Literal["live", "ema"], ...] = ("live", "ema")
+    ema: bool = True
+    """Measure the averaged weights beside the live ones."""
     best_metric: str = "kid"
     """What chooses the best checkpoint and early stopping; `*progress` and `*accuracy` are better when larger."""
     success: SuccessConfig | None = None
@@ -303,8 +304,6 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if "ema" in self.evaluation.weights and not self.ema.enabled and self.evaluation.weights == ("ema",):
-            raise ValueError("evaluation.weights asks for ema alone, but ema.enabled is false")
         if self.train.mixed_precision == "fp16" and self.device == "cpu":
             raise ValueError("train.mixed_precision fp16 needs a GPU: use bf16 or no on device cpu")
         return self

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from dfu_mlflow.base.adapters import attach, displacement, snapshot
+from dfu_mlflow.batches import Batches
 from dfu_mlflow.checkpoint import CheckpointStore
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
@@ -44,8 +45,7 @@ def build(config: RunConfig, folder: Path, hooks: Hooks | None = None, material:
         optimizer=build_optimizer(weights.values(), config.train),
         objective=objective,
         conditioner=material.conditioner,
-        latents=material.train,
-        scaling_factor=float(pipe.vae.config.scaling_factor),
+        batches=Batches(material.train, float(pipe.vae.config.scaling_factor), config),
         ema=ExponentialMovingAverage(weights, config.ema.decay, config.ema.warmup),
     )
     hooks = hooks or Hooks(lambda *_: None, lambda *_: None, lambda: None, lambda: False)
@@ -102,7 +102,7 @@ def test_one_batch_overfits(small_config: RunConfig, tmp_path: Path) -> None:
     trainer = build(changed(small_config, change), tmp_path)
     trainer.progress.epoch = 1
     trainer.parts.unet.train()
-    batch = next(trainer.micro_batches(0))
+    batch = next(trainer.parts.batches.of_step(1, 0))
     losses = []
     for _ in range(150):
         losses.append(trainer.forward_backward(batch, last=True)["loss"])
@@ -161,10 +161,8 @@ def test_optimizer_state_survives_a_checkpoint(small_config: RunConfig, tmp_path
 def test_nonfinite_steps_are_skipped_counted_and_then_stop_the_run(small_config: RunConfig, tmp_path: Path) -> None:
     config = changed(small_config, {"train": {"max_nonfinite_steps": 2}})
     trainer = build(config, tmp_path)
-    healthy = trainer.parts.latents
-    trainer.parts = replace(
-        trainer.parts, latents=replace(healthy, moments=torch.full_like(healthy.moments, float("nan")))
-    )
+    batches = trainer.parts.batches
+    batches.latents = replace(batches.latents, moments=torch.full_like(batches.latents.moments, float("nan")))
     before = clones(trainer)
     with pytest.raises(UserError, match=r"2 steps in a row, last at step 2 on .*\.png.*last good checkpoint: .*step-"):
         trainer.fit()
@@ -177,7 +175,7 @@ def test_perceptual_term_has_gradient_and_a_dead_one_is_seen(small_config: RunCo
     change = {"loss": {"perceptual_loss": {"enabled": True, "weight": 1.0, "max_timestep": 1000}}}
     trainer = build(changed(small_config, change), tmp_path)
     trainer.progress.epoch = 1
-    batch = next(trainer.micro_batches(0))
+    batch = next(trainer.parts.batches.of_step(1, 0))
     terms = trainer.losses(batch)
     assert terms.perceptual is not None
     assert float(terms.perceptual.detach().mean()) > 0
@@ -216,9 +214,8 @@ def test_class_balance_and_sample_numbers_are_the_epochs(small_config: RunConfig
     trainer = build(changed(small_config, {"train": {"batch_size": 6}}), tmp_path)
     ids = []
     for epoch in (1, 2):
-        trainer.progress.epoch = epoch
         for position in range(3):
-            for batch in trainer.micro_batches(position):
+            for batch in trainer.parts.batches.of_step(epoch, position):
                 assert sorted(torch.bincount(batch.class_ids, minlength=3).tolist()) == [2, 2, 2]
                 ids += batch.sample_ids
     assert ids == list(range(36))

@@ -1,0 +1,64 @@
+"""Which rows and which randomness each training step gets: a pure function of (seed, epoch, step)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from dfu_mlflow.config.schema import RunConfig
+from dfu_mlflow.data import epoch_order
+from dfu_mlflow.objective import draw
+from dfu_mlflow.types import Batch, Latents
+
+
+class Batches:
+    """Deals out cached latents.
+
+    Args:
+        latents: the training rows.
+        scaling_factor: what the autoencoder's latents are multiplied by.
+        config: batch size, accumulation, steps an epoch, class balance, dropout, noise offset and seed.
+    """
+
+    def __init__(self, latents: Latents, scaling_factor: float, config: RunConfig) -> None:
+        self.latents = latents
+        self.scaling_factor = scaling_factor
+        self.config = config
+        self.steps_per_epoch = steps_per_epoch(config, len(latents))
+
+    def of_step(self, epoch: int, position: int) -> Iterator[Batch]:
+        """The micro-batches of the `position`-th step (from 0) of an epoch (from 1)."""
+        size, parts = self.config.train.batch_size, self.config.train.gradient_accumulation_steps
+        count = self.steps_per_epoch * size * parts
+        ids = self.latents.class_ids.numpy()
+        rows = epoch_order(ids, count, epoch, self.config.seed, self.config.data.class_balanced)
+        for micro in range(parts):
+            first = (position * parts + micro) * size
+            offset = (epoch - 1) * count
+            yield self._batch(rows[first : first + size], range(offset + first, offset + first + size))
+
+    def _batch(self, rows: np.ndarray, sample_ids: range) -> Batch:
+        """Pick rows and draw their latents from the autoencoder's posterior."""
+        source, index = self.latents, torch.from_numpy(rows)
+        mean, deviation = source.moments[index].float().chunk(2, dim=1)
+        draws = draw(
+            self.config.seed, tuple(sample_ids), tuple(mean.shape[1:]), self.config.loss, self.config.prompts.dropout
+        )
+        return Batch(
+            latents=(mean + deviation * draws.posterior) * self.scaling_factor,
+            class_ids=source.class_ids[index],
+            time_ids=source.time_ids[index],
+            sample_ids=tuple(sample_ids),
+            names=tuple(source.names[row] for row in rows),
+            draws=draws,
+        )
+
+
+def steps_per_epoch(config: RunConfig, rows: int) -> int:
+    """Optimizer steps an epoch: as configured, or one pass over the training rows."""
+    return config.train.steps_per_epoch or math.ceil(
+        rows / (config.train.batch_size * config.train.gradient_accumulation_steps)
+    )

@@ -1,0 +1,234 @@
+"""One training run: the trainer's hooks, what they measure and where their figures go."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from dfu_mlflow.base.adapters import displacement, trainable_fraction
+from dfu_mlflow.bundle import BundleSource, write_bundle
+from dfu_mlflow.checkpoint import CheckpointStore
+from dfu_mlflow.conditioning import prompt_length
+from dfu_mlflow.config.load import dump_yaml
+from dfu_mlflow.config.prompts import resolve_style
+from dfu_mlflow.config.schema import RunConfig
+from dfu_mlflow.data import dataset_digest, evaluation_pixels
+from dfu_mlflow.evaluator import Evaluator, Measurement
+from dfu_mlflow.history import History
+from dfu_mlflow.interrupt import StopRequest
+from dfu_mlflow.panels import Panels
+from dfu_mlflow.preparation import Material, sampling_settings
+from dfu_mlflow.progress import Console
+from dfu_mlflow.runtime import provenance
+from dfu_mlflow.tracking import Tracker
+from dfu_mlflow.trainer import Hooks, Parts, Score, Trainer
+from dfu_mlflow.verdict import score, success_verdict
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a training run ended.
+
+    Attributes:
+        run_id: the MLflow run.
+        folder: checkpoints, history and the bundle.
+        bundle: the best checkpoint as a sampler, None if nothing was trained.
+        best_epoch: its epoch.
+        shown: its weights, `live` or `ema`.
+        figures: its figures.
+        verdict: against the configured success criterion.
+    """
+
+    run_id: str
+    folder: Path
+    bundle: Path | None
+    best_epoch: int
+    shown: str
+    figures: dict[str, float]
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Equipment:
+    """Everything that training works with, built before the MLflow run is opened.
+
+    Attributes:
+        material: base, latents and prompts.
+        panels: what generated images are measured against.
+        parts: what is trained, on what.
+        start: the base's weights, as `snapshot` keeps them.
+        base_digests: part of the base -> SHA-256 of its weights.
+    """
+
+    material: Material
+    panels: Panels
+    parts: Parts
+    start: dict[str, torch.Tensor]
+    base_digests: dict[str, str]
+
+
+class TrainingRun:
+    """One training run: the trainer's hooks, and what they write to."""
+
+    def __init__(
+        self, config: RunConfig, equipment: Equipment, tracker: Tracker, stop: StopRequest, folder: Path
+    ) -> None:
+        self.config = config
+        self.material = equipment.material
+        self.parts = equipment.parts
+        self.start = equipment.start
+        self.panels = equipment.panels
+        self.base_digests = equipment.base_digests
+        self.tracker = tracker
+        self.folder = folder
+        self.history = History(folder / "history.json")
+        self.settings = sampling_settings(config, self.material.train)
+        self.evaluator = Evaluator(
+            self.material, self.parts.objective, self.settings, self.panels.panels, config.evaluation, stop.check
+        )
+        facts = {"run_id": tracker.run_id, "data": dataset_digest(self.material.source.split)}
+        hooks = Hooks(self.evaluate, self.on_step, tracker.flush, stop.requested, facts)
+        store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep_last)
+        accelerator = Accelerator(cpu=self.material.device.type == "cpu", mixed_precision=config.train.mixed_precision)
+        self.trainer = Trainer(self.parts, config, store, hooks, accelerator)
+        self.console = Console(config.train.epochs, self.trainer.steps_per_epoch)
+
+    def describe(self, digest: str) -> None:
+        """Log what the run is, before it does anything."""
+        config, pipe, source = self.config, self.material.pipe, self.material.source
+        perceptual = config.loss.perceptual_loss
+        derived = {
+            "prompt_length": prompt_length(pipe, list(source.prompts.values())),
+            "prompt_style": resolve_style(config.prompts),
+            "guidance_scale": config.sampling.guidance_scale,
+            "perceptual_weight": perceptual.weight if perceptual.enabled else 0,
+            "method": config.adapter.method,
+            "base_model": config.base_model,
+            "learning_rate": config.train.learning_rate,
+            "resolution_px": config.data.resolution_px,
+            "seed": config.seed,
+            "trainable_fraction": round(trainable_fraction(pipe.unet, self.parts.weights), 6),
+            "metric_identity": "; ".join(panel.reference.identity for panel in self.panels.panels),
+        }
+        self.tracker.params(config, derived)
+        self.tracker.text("config.yaml", dump_yaml(config))
+        hashes = {f"sha256.{part}": digest for part, digest in self.base_digests.items()}
+        notes = {f"not_computed.{metric}": reason for metric, reason in self.panels.notes.items()}
+        self.tracker.tags(provenance() | hashes | notes)
+        for context, records in {"training": source.split.train, "evaluation": source.split.held_out}.items():
+            counts = {label: sum(record.label == label for record in records) for label in source.split.classes}
+            self.tracker.dataset(f"photographs-{context}", digest, _origin(config), counts, context)
+        if config.tracking.log_real_images:
+            self.log_photographs()
+        self.console.opening(config, source, derived, self.tracker.run_id)
+
+    def log_photographs(self) -> None:
+        """Held-out photographs beside the samples: only where the user asked for it by name."""
+        count = self.config.evaluation.grid_per_class
+        for label in self.material.source.split.classes:
+            records = [record for record in self.material.source.split.held_out if record.label == label][:count]
+            pixels = evaluation_pixels(records, self.config.data).numpy()
+            self.tracker.image(f"photographs/{label}", 0, np.concatenate(list(pixels), axis=1))
+
+    def on_step(self, step: int, figures: dict[str, float]) -> None:
+        """A step is done: show it, and log every few."""
+        self.console.step(step, figures)
+        if step % self.config.tracking.log_every_steps == 0:
+            self.tracker.step(step, figures)
+
+    def evaluate(self, epoch: int, training: dict[str, float]) -> Score | None:
+        """An epoch is done (0: none yet): measure it, log it, and say how good it is."""
+        self.console.evaluating(epoch)
+        base = self.history.baseline() if epoch > 0 else None
+        measured: dict[str, Measurement] = {}
+        figures = {"epoch": float(epoch), **training}
+        moved: dict[str, float] = {}
+        for shown in self.shown_weights(epoch):
+            with self.weights_of(shown):
+                measured[shown] = self.evaluator.measure(shown, base, self.config.sampling.batch_size)
+                moved[shown] = displacement(self.material.pipe.unet, self.start)
+        for shown, measurement in measured.items():
+            suffix = "" if shown == "live" else "_ema"
+            figures |= {f"val{suffix}/{name}": value for name, value in measurement.validation.items()}
+            figures |= {f"eval{suffix}/{name}": value for name, value in measurement.figures.items()}
+        figures |= self.movement(moved)
+        self.log_epoch(epoch, figures, measured)
+        return self.best_score(measured)
+
+    def shown_weights(self, epoch: int) -> list[str]:
+        """Live weights always; their average where there is one that differs."""
+        averaged = self.parts.ema is not None and epoch > 0 and self.config.evaluation.ema
+        return ["live", "ema"] if averaged else ["live"]
+
+    def weights_of(self, shown: str) -> AbstractContextManager[None]:
+        """The UNet holds these weights inside the block."""
+        return self.parts.ema.applied(self.parts.weights) if shown == "ema" and self.parts.ema else nullcontext()
+
+    def movement(self, moved: dict[str, float]) -> dict[str, float]:
+        """How far the weights have come, and how much of it the average shows."""
+        figures = {"model/displacement": moved["live"]}
+        if "ema" in moved and moved["live"] > 0:
+            figures["ema/coverage"] = moved["ema"] / moved["live"]
+        return figures
+
+    def log_epoch(self, epoch: int, figures: dict[str, float], measured: dict[str, Measurement]) -> None:
+        """Everything an epoch leaves behind."""
+        self.tracker.epoch(epoch, figures)
+        for shown, measurement in measured.items():
+            for label, grid in measurement.grids.items():
+                self.tracker.image(f"samples{'' if shown == 'live' else '_ema'}/{label}", epoch, grid)
+            suffix = "" if shown == "live" else "_ema"
+            own = {
+                key: value for key, value in figures.items() if key.split("/")[0] in (f"eval{suffix}", f"val{suffix}")
+            }
+            self.tracker.checkpoint(epoch, shown, own)
+        self.history.add(epoch, figures, measured)
+        success = self.config.evaluation.success
+        name = f"eval/{success.metric}" if success else ""
+        self.tracker.tags({"verdict": success_verdict(success, self.history.series(name), epoch)})
+        self.console.epoch(epoch, figures)
+
+    def best_score(self, measured: dict[str, Measurement]) -> Score | None:
+        """The better of the measured weights, by the configured metric."""
+        metric = self.config.evaluation.best_metric
+        scores = []
+        for shown, measurement in measured.items():
+            value = score(measurement.figures | {f"val_{k}": v for k, v in measurement.validation.items()}, metric)
+            if value is not None:
+                scores.append(Score(value, shown))
+        return min(scores, key=lambda one: one.value) if scores else None
+
+    def finish(self) -> TrainingResult:
+        """Export the best checkpoint and say how the run ended."""
+        store = self.trainer.store
+        best = store.best()
+        newest = store.complete()[-1].name
+        name, shown = (str(best["checkpoint"]), str(best["shown"])) if best else (newest, "live")
+        epoch = int(best["epoch"]) if best else self.config.train.epochs
+        bundle = self.folder / "sampler"
+        shutil.rmtree(bundle, ignore_errors=True)
+        file = store.folder / name / ("ema.safetensors" if shown == "ema" else "weights.safetensors")
+        write_bundle(bundle, self.config, BundleSource(file, self.material.source.prompts, self.settings, shown))
+        success = self.config.evaluation.success
+        series = self.history.series(f"eval/{success.metric}") if success else {}
+        verdict = success_verdict(success, series, self.config.train.epochs)
+        self.tracker.tags({"best.epoch": str(epoch), "best.weights": shown, "verdict": verdict})
+        self.console.close()
+        return TrainingResult(
+            self.tracker.run_id, self.folder, bundle, epoch, shown, self.history.figures(epoch), verdict
+        )
+
+
+def _origin(config: RunConfig) -> str:
+    """Where the photographs are, as MLflow is told: a digest of the path, for paths may name people."""
+    if config.data.root == "phantom":
+        return "phantom"
+    place = str(config.data.root or config.data.manifest)
+    return f"local:{hashlib.sha256(place.encode()).hexdigest()[:12]}"
