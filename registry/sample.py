@@ -53,8 +53,9 @@ def sample(config: SampleConfig) -> Path:
     if manifest.exists():
         raise UserError(f"--output_dir {config.output_dir} holds samples already: give another folder")
     try:
-        model = mlflow.pyfunc.load_model(config.model)
-    except MlflowException as error:
+        name = _version(config.model)
+        model = mlflow.pyfunc.load_model(f"models:/{name}", model_config={"model": name})
+    except (MlflowException, OSError) as error:
         raise UserError(f"--model {config.model} cannot be loaded: {str(error).splitlines()[0]}") from None
     classes = model.unwrap_python_model().sampler.classes
     rows = [
@@ -75,6 +76,14 @@ def sample(config: SampleConfig) -> Path:
         writer.writeheader()
         writer.writerows(lines)
     return manifest
+
+
+def _version(uri: str) -> str:
+    """`NAME/VERSION` of a registered model; an alias is looked up once, so that all pictures come from one version."""
+    if not uri.startswith("models:/"):
+        raise UserError(f"--model {uri}: give models:/NAME@ALIAS or models:/NAME/VERSION")
+    name, _, alias = uri.removeprefix("models:/").partition("@")
+    return f"{name}/{mlflow.MlflowClient().get_model_version_by_alias(name, alias).version}" if alias else name
 
 
 def _write(folder: Path, answer: dict[str, object]) -> dict[str, object]:

@@ -107,7 +107,6 @@ def test_imports_have_no_cycle() -> None:
     [
         ("optuna", ("tuning",)),
         ("mlflow", ("dfu_mlflow.tracking", "dfu_mlflow.tracking_store", "entrypoints", "registry", "tuning")),
-        ("accelerate", ("dfu_mlflow.pipeline", "dfu_mlflow.trainer", "dfu_mlflow.evaluator", "dfu_mlflow.base")),
         ("pickle", ()),
         ("cloudpickle", ()),
     ],

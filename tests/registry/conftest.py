@@ -16,6 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from dfu_mlflow.bundle import BundleSource, write_bundle
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.sampling import Settings
+from registry.package import RegisteredSampler, register_sampler
 
 PROMPTS = {"I": "inflamed", "P": "granulating", "R": "healed"}
 
@@ -103,3 +104,17 @@ def registry_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
         yield folder
         mlflow.set_tracking_uri(before)
+
+
+@pytest.fixture(scope="module")
+def run_id(registry_store: Path) -> str:
+    with mlflow.start_run() as run:
+        pass
+    return str(run.info.run_id)
+
+
+@pytest.fixture(scope="module")
+def registered(bundle: Path, run_id: str) -> RegisteredSampler:
+    return register_sampler(
+        bundle, RunConfig(), run_id, {"eval/kid": 0.25}, {"metric_identity": "efficientnet_lite0:abc"}
+    )

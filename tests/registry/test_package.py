@@ -27,7 +27,6 @@ from dfu_mlflow.sampling import Sampler
 from registry.package import REQUIREMENTS, ROOT, RegisteredSampler, register_sampler
 
 CONFIG = RunConfig()
-TAGS = {"metric_identity": "efficientnet_lite0:abc"}
 
 CLEAN_PROGRAM = """
 import sys, json
@@ -37,18 +36,6 @@ answer = model.predict(pandas.DataFrame({"phase": ["I", "R"], "seed": [3, 4]}), 
 import dfu_mlflow
 print(json.dumps({"code": dfu_mlflow.__file__, "rows": answer.to_dict("records")}))
 """
-
-
-@pytest.fixture(scope="module")
-def run_id(registry_store: Path) -> str:
-    with mlflow.start_run() as run:
-        pass
-    return str(run.info.run_id)
-
-
-@pytest.fixture(scope="module")
-def registered(bundle: Path, run_id: str) -> RegisteredSampler:
-    return register_sampler(bundle, CONFIG, run_id, {"eval/kid": 0.25}, TAGS)
 
 
 def pictures(images: pd.Series) -> list[np.ndarray]:
@@ -64,7 +51,7 @@ def test_version_carries_alias_figures_and_run(registered: RegisteredSampler, ru
     assert (version.name, int(version.version)) == (registered.name, registered.version)
     assert version.run_id == run_id
     assert float(version.tags["eval/kid"]) == 0.25
-    assert version.tags["metric_identity"] == TAGS["metric_identity"]
+    assert version.tags["metric_identity"] == "efficientnet_lite0:abc"
     assert mlflow.get_run(run_id).info.status == "FINISHED"
 
 
