@@ -18,7 +18,7 @@ from PIL import Image
 
 Array = npt.NDArray[np.float32]
 PHASES = ("I", "P", "R")
-# (radius lowest, radius highest) of the wound in units of half a picture side.
+# Lowest and highest radius of the wound in units of half a picture side.
 _RADIUS = {"I": (0.40, 0.56), "P": (0.36, 0.52), "R": (0.24, 0.36)}
 # Height of the wound's edge and of its bed against the skin, and how bumpy the bed is: drives the relief shading.
 _RELIEF = {"I": (0.10, -0.08, 0.022), "P": (0.03, -0.03, 0.032), "R": (0.02, 0.03, 0.012)}
@@ -290,8 +290,7 @@ def _blur(x: Array) -> Array:
 
 
 def _expose(picture: Array, view: _View, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    size_px = picture.shape[0]
-    axis = np.linspace(-1, 1, size_px, dtype=np.float32)
+    axis = np.linspace(-1, 1, len(picture), dtype=np.float32)
     fall = 1 + view.falloff[0] * axis[None, :] + view.falloff[1] * axis[:, None]
     fall = fall - 0.06 * (axis[None, :] ** 2 + axis[:, None] ** 2)
     exposed = picture * fall[..., None] * (view.gain * view.balance)

@@ -33,7 +33,7 @@ def thumbnails(pictures: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def pipe() -> StableDiffusionXLPipeline:
-    loaded = StableDiffusionXLPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32, add_watermarker=False)
+    loaded = StableDiffusionXLPipeline.from_pretrained(FOLDER, dtype=torch.float32, add_watermarker=False)
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
@@ -51,9 +51,9 @@ def test_four_to_six_million_parameters_in_at_most_sixteen_megabytes(pipe: Stabl
     assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 16e6
 
 
-def test_files_name_no_machine(pipe: StableDiffusionXLPipeline) -> None:
+def test_files_name_no_machine() -> None:
     for path in FOLDER.rglob("*.json"):
-        assert not any(word in path.read_text() for word in ('"/', "/tmp", "/root", "/home")), path
+        assert not any(word in path.read_text() for word in ("_name_or_path", "/tmp", "/root", "/home")), path
     assert json.loads((FOLDER / "model_index.json").read_text())["force_zeros_for_empty_prompt"] is True
 
 

@@ -57,7 +57,8 @@ def build_scheduler() -> DDIMScheduler:
     """Velocity prediction on betas rescaled to zero terminal SNR, with trailing steps (Lin et al. 2024).
 
     With SDXL's own epsilon and leading steps the mean colour of a sample stays where the first noise put it, and a
-    fine-tuned tiny model keeps its base's bright flat colours.
+    fine-tuned tiny model keeps its base's bright flat colours. After fine-tuning, DPM-Solver++ on the same schedule was
+    a little ahead at 15 steps (Frechet distance 157 against 162), but diffusers' warns with numpy 2.
     """
     return DDIMScheduler(
         num_train_timesteps=1000,

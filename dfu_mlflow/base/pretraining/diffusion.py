@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
 from diffusers.training_utils import EMAModel
 
 from dfu_mlflow.base.pretraining.assemble import TOKENS, build_pipeline, save_pipeline
@@ -32,13 +32,14 @@ class Recipe:
     """What the run depends on. `minutes` drives the schedule, so that a slower machine ends with a whole cosine."""
 
     minutes: float
-    pictures: int = 24_000
+    pictures: int = 14_000
     batch: int = 32
-    peak_rate: float = 1.5e-3
+    peak_rate: float = 1e-3
     caption_dropout: float = 0.12
     ema_decay: float = 0.998
     merges: int = 370
     seed: int = 0
+    start: Path | None = None  # a pipeline of an earlier run to go on from, with a new cosine
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,8 @@ def train(recipe: Recipe, vae: Any, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
     vae.requires_grad_(False).eval()
-    tokenizer = build_tokenizer(draw_corpus(4000, recipe.seed), recipe.merges, out / "tokenizer")
-    pipe = build_pipeline(vae, tokenizer)
+    pipe = _pipeline(recipe, vae, out)
+    pipe.unet.to(memory_format=torch.channels_last)  # 10 % faster on a CPU
     trainer = Pretrainer(pipe, draw_world(vae, pipe, recipe.pictures, recipe.seed), recipe)
     begun, saved, losses, step = time.monotonic(), 0.0, [], 0
     with (out / "loss_curve.csv").open("w", newline="") as file:
@@ -157,16 +158,26 @@ def train(recipe: Recipe, vae: Any, out: Path) -> None:
     trainer.save(out / "tiny_sdxl")
 
 
+def _pipeline(recipe: Recipe, vae: Any, out: Path) -> Any:
+    if recipe.start is not None:
+        return StableDiffusionXLPipeline.from_pretrained(
+            recipe.start, vae=vae, dtype=torch.float32, add_watermarker=False
+        )
+    # The vocabulary is always that of seed 0: another seed is another run on the same language.
+    return build_pipeline(vae, build_tokenizer(draw_corpus(4000, 0), recipe.merges, out / "tokenizer"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--minutes", type=float, default=45.0)
-    parser.add_argument("--pictures", type=int, default=24_000)
+    parser.add_argument("--pictures", type=int, default=14_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="go on from this pipeline; give another seed")
     given = parser.parse_args()
-    vae = AutoencoderKL.from_pretrained(given.vae, torch_dtype=torch.float32)
-    train(Recipe(given.minutes, given.pictures, seed=given.seed), vae, given.out)
+    vae = AutoencoderKL.from_pretrained(given.vae, dtype=torch.float32)
+    train(Recipe(given.minutes, given.pictures, seed=given.seed, start=given.start), vae, given.out)
 
 
 if __name__ == "__main__":

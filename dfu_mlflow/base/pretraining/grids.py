@@ -18,7 +18,7 @@ from dfu_mlflow.config.prompts import DETAILED, MINIMAL
 from dfu_mlflow.data.phantom import PHASES, render
 
 Pictures = npt.NDArray[np.uint8]
-_CELL_PX = 128
+_CELL_PX = 96
 _LABEL_PX = 250
 
 
@@ -34,12 +34,12 @@ def labelled_grid(rows: list[tuple[str, Pictures]], path: Path) -> None:
             if len(line) + len(word) > 36:
                 lines, line = [*lines, line], ""
             line = f"{line} {word}".strip()
-        pen.multiline_text((8, row * _CELL_PX + 10), "\n".join([*lines, line][:8]), fill="black")
+        pen.multiline_text((8, row * _CELL_PX + 4), "\n".join([*lines, line][:6]), fill="black")
         for column, picture in enumerate(pictures):
             cell = Image.fromarray(picture).resize((_CELL_PX, _CELL_PX), Image.Resampling.BICUBIC)
             sheet.paste(cell, (_LABEL_PX + column * _CELL_PX, row * _CELL_PX))
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, optimize=True)
+    sheet.quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
 
 
 def draw_prompt(pipe: Any, prompt: str, count: int, guidance: float, seed: int = 0) -> Pictures:
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, required=True)
     given = parser.parse_args()
     labelled_grid(phantom_rows(), given.docs / "phantom.png")
-    pipe: Any = StableDiffusionXLPipeline.from_pretrained(given.base, add_watermarker=False)
+    pipe: Any = StableDiffusionXLPipeline.from_pretrained(given.base, dtype=torch.float32, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
     rows = [(prompt, draw_prompt(pipe, prompt, 8, 3.0)) for prompt in world_prompts()]
     labelled_grid(rows, given.docs / "tiny_sdxl_world.png")
