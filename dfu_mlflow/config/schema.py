@@ -140,12 +140,12 @@ class TrainConfig(Section):
     """The optimisation."""
 
     epochs: Annotated[int, Field(ge=0)] = 3
-    steps_per_epoch: Positive | None = None
+    steps_per_epoch: Positive | None = 330
     """Optimizer steps an epoch; None is one pass over the training views."""
-    batch_size: Positive = 32
+    batch_size: Positive = 16
     """Samples a forward pass, on each rank."""
     gradient_accumulation_steps: Positive = 1
-    learning_rate: Annotated[float, Field(gt=0.0)] = 3e-4
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
     lr_schedule: Literal["constant", "cosine", "linear"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 20
     """Optimizer steps."""
@@ -191,7 +191,7 @@ class EmaConfig(Section):
     """Exponential moving average of the trained weights, in float32."""
 
     enabled: bool = True
-    decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.995
+    decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
     warmup: bool = True
     """Decay grows as (1 + n) / (10 + n): without it N updates cover only 1 - decay^N of the way."""
 
