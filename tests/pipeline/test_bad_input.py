@@ -126,7 +126,7 @@ def test_checkpoint_of_another_configuration(run: Run, small_config: object, tmp
     state = {"step": 1, "config": config, "data": "x", "run_id": "y"}
     folder = CheckpointStore(tmp_path / "c", 1).save(Checkpoint({}, {}, {}, state))
     message = run("--resume", str(folder), "--train.learning_rate", "0.5")
-    assert "--train.learning_rate was 0.001, is 0.5" in message
+    assert "--train.learning_rate was 0.0003, is 0.5" in message
     assert "--train.batch_size was 4, is 16" in message
 
 
