@@ -100,10 +100,9 @@ def registry_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         for variable in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
             patch.delenv(variable, raising=False)
-        before = mlflow.get_tracking_uri()
         mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
         yield folder
-        mlflow.set_tracking_uri(before)
+        mlflow.set_tracking_uri(None)  # the process's own choice ends; the variable is the patch's to put back
 
 
 @pytest.fixture(scope="module")

@@ -27,9 +27,8 @@ def store(migrated_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.delenv(variable, raising=False)
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(uri)
     yield uri
     while mlflow.active_run():
         mlflow.end_run()
-    mlflow.set_tracking_uri(before)
+    mlflow.set_tracking_uri(None)  # the process's own choice ends; the variable is the fixture's to put back
