@@ -28,17 +28,25 @@ class Batches:
         self.scaling_factor = scaling_factor
         self.config = config
         self.steps_per_epoch = steps_per_epoch(config, len(latents))
+        self._order: tuple[int, np.ndarray] | None = None
 
     def of_step(self, epoch: int, position: int) -> Iterator[Batch]:
         """The micro-batches of the `position`-th step (from 0) of an epoch (from 1)."""
         size, parts = self.config.train.batch_size, self.config.train.gradient_accumulation_steps
         count = self.steps_per_epoch * size * parts
-        ids = self.latents.class_ids.numpy()
-        rows = epoch_order(ids, count, epoch, self.config.seed, self.config.data.class_balanced)
+        rows = self._epoch_rows(epoch, count)
         for micro in range(parts):
             first = (position * parts + micro) * size
             offset = (epoch - 1) * count
             yield self._batch(rows[first : first + size], range(offset + first, offset + first + size))
+
+    def _epoch_rows(self, epoch: int, count: int) -> np.ndarray:
+        """The epoch's order, worked out once an epoch: it is as long as the epoch, a step is not."""
+        if self._order is None or self._order[0] != epoch:
+            ids = self.latents.class_ids.numpy()
+            rows = epoch_order(ids, count, epoch, self.config.seed, self.config.data.class_balanced)
+            self._order = (epoch, rows)
+        return self._order[1]
 
     def _batch(self, rows: np.ndarray, sample_ids: range) -> Batch:
         """Pick rows and draw their latents from the autoencoder's posterior."""

@@ -62,17 +62,27 @@ def equip(config: RunConfig, material: Material) -> Equipment:
     Raises:
         UserError: for weights or packages that are not at hand, or adapters that fit nowhere.
     """
+    digests = {part: part_digest(getattr(material.pipe, part)) for part in PARTS}
+    parts = build_parts(config, material)
+    start = snapshot(material.pipe.unet, config.adapter)  # before the first step an adapter adds nothing
+    return Equipment(material, build_panels(config, material), parts, start, digests)
+
+
+def build_parts(config: RunConfig, material: Material) -> Parts:
+    """What is trained, on what: the base's UNet made trainable, and everything that a step needs.
+
+    Raises:
+        UserError: as `equip`.
+    """
     pipe = material.pipe
     objective = Objective(
         dict(pipe.scheduler.config), config.loss, build_perceptual(config.loss.perceptual_loss, pipe.vae)
     )
-    digests = {part: part_digest(getattr(pipe, part)) for part in PARTS}
     weights = attach(pipe.unet, config.adapter, config.seed)
-    start = snapshot(pipe.unet, config.adapter)
     pipe.to(material.device)
     if config.train.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
-    parts = Parts(
+    return Parts(
         unet=pipe.unet,
         weights=weights,
         optimizer=build_optimizer(weights.values(), config.train),
@@ -81,4 +91,3 @@ def equip(config: RunConfig, material: Material) -> Equipment:
         batches=Batches(material.train, float(pipe.vae.config.scaling_factor), config),
         ema=ExponentialMovingAverage(weights, config.ema.decay, config.ema.warmup) if config.ema.enabled else None,
     )
-    return Equipment(material, build_panels(config, material), parts, start, digests)

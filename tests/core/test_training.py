@@ -11,18 +11,16 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from dfu_mlflow.base.adapters import attach, displacement, snapshot
-from dfu_mlflow.batches import Batches
+from dfu_mlflow.base.adapters import displacement, snapshot
 from dfu_mlflow.checkpoint import CheckpointStore
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
-from dfu_mlflow.ema import ExponentialMovingAverage
 from dfu_mlflow.errors import Interrupted, UserError
-from dfu_mlflow.objective import Objective
 from dfu_mlflow.optimizers import build_optimizer
-from dfu_mlflow.perceptual import build_perceptual, gradient_shares
+from dfu_mlflow.perceptual import gradient_shares
+from dfu_mlflow.pipeline import build_parts
 from dfu_mlflow.preparation import Material, prepare, read_source
-from dfu_mlflow.trainer import Hooks, Parts, Trainer
+from dfu_mlflow.trainer import Hooks, Trainer
 
 Change = dict[str, Any]
 
@@ -33,21 +31,7 @@ def changed(config: RunConfig, change: Change) -> RunConfig:
 
 def build(config: RunConfig, folder: Path, hooks: Hooks | None = None, material: Material | None = None) -> Trainer:
     """A trainer on real parts that evaluates nothing."""
-    material = material or prepare(config, read_source(config))
-    pipe = material.pipe
-    weights = attach(pipe.unet, config.adapter, config.seed)
-    objective = Objective(
-        dict(pipe.scheduler.config), config.loss, build_perceptual(config.loss.perceptual_loss, pipe.vae)
-    )
-    parts = Parts(
-        unet=pipe.unet,
-        weights=weights,
-        optimizer=build_optimizer(weights.values(), config.train),
-        objective=objective,
-        conditioner=material.conditioner,
-        batches=Batches(material.train, float(pipe.vae.config.scaling_factor), config),
-        ema=ExponentialMovingAverage(weights, config.ema.decay, config.ema.warmup),
-    )
+    parts = build_parts(config, material or prepare(config, read_source(config)))
     hooks = hooks or Hooks(lambda *_: None, lambda *_: None, lambda: None, lambda: False)
     return Trainer(parts, config, CheckpointStore(folder, 2), hooks, Accelerator(cpu=True))
 
