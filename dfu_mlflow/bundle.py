@@ -10,7 +10,8 @@ from pathlib import Path
 
 from dfu_mlflow.base.load import resolve_base
 from dfu_mlflow.config.schema import RunConfig
-from dfu_mlflow.sampling import FORMAT, Settings
+from dfu_mlflow.documents import FORMAT
+from dfu_mlflow.sampling import BUNDLE, Settings
 
 
 @dataclass(frozen=True)
@@ -52,5 +53,5 @@ def write_bundle(folder: Path, config: RunConfig, source: BundleSource) -> Path:
         "settings": asdict(source.settings),
         "batch_size": config.sampling.batch_size,
     }
-    (folder / "sampler.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
+    (folder / BUNDLE).write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
     return folder

@@ -16,9 +16,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from dfu_mlflow.documents import FORMAT, read_document
 from dfu_mlflow.errors import UserError
 
-FORMAT = 1
+STATE = "state.json"
 PARTIAL = ".partial-"
 
 Tensors = dict[str, torch.Tensor]
@@ -67,7 +68,7 @@ class CheckpointStore:
             _save_tensors(checkpoint.weights, partial / "weights.safetensors")
             _save_tensors(checkpoint.ema, partial / "ema.safetensors")
             _save_tensors(checkpoint.optimizer, partial / "optimizer.safetensors")
-            _write_synced(partial / "state.json", json.dumps({"format": FORMAT, **checkpoint.state}, indent=1))
+            _write_synced(partial / STATE, json.dumps({"format": FORMAT, **checkpoint.state}, indent=1))
             if final.exists():  # the same step again, after a resume
                 shutil.rmtree(final)
             partial.rename(final)
@@ -79,7 +80,7 @@ class CheckpointStore:
         """Change entries of a checkpoint's state, such as that it has been evaluated; the file is replaced at once."""
         folder = self.folder / checkpoint_name(step)
         with _disk_errors(None):
-            write_json(folder / "state.json", {**read_state(folder), **changes})
+            write_json(folder / STATE, {**read_document(folder / STATE, "checkpoint"), **changes})
 
     def mark_best(self, name: str, facts: Mapping[str, Any]) -> None:
         """Point `best.json` at a checkpoint, with what made it the best."""
@@ -93,7 +94,7 @@ class CheckpointStore:
 
     def complete(self) -> list[Path]:
         """Checkpoints that were written to the end, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*") if (path / "state.json").is_file())
+        return sorted(path for path in self.folder.glob("step-*") if (path / STATE).is_file())
 
     def rotate(self) -> None:
         """Drop all but the newest `keep_last` and the best one, and what an interrupted write left behind."""
@@ -117,27 +118,12 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         UserError: when it is incomplete, damaged or of another format.
     """
-    state = read_state(folder)
+    state = read_document(folder / STATE, "checkpoint")
     try:
         tensors = [load_file(folder / f"{name}.safetensors") for name in ("weights", "ema", "optimizer")]
     except (OSError, SafetensorError) as error:
         raise UserError(f"checkpoint {folder} is damaged ({error}): resume from another one") from None
     return Checkpoint(tensors[0], tensors[1], tensors[2], state)
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The part of a checkpoint that is not tensors.
-
-    Raises:
-        UserError: when the folder is no checkpoint, or one of another format.
-    """
-    try:
-        state = dict(json.loads((folder / "state.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        raise UserError(f"--resume {folder} is no checkpoint: it has no readable state.json") from None
-    if state.get("format") != FORMAT:
-        raise UserError(f"checkpoint {folder} has format {state.get('format')}, this version reads {FORMAT}")
-    return state
 
 
 def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
@@ -152,7 +138,7 @@ def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
     if resume == "none":
         return None
     if resume not in ("latest", "best"):
-        read_state(Path(resume))
+        read_document(Path(resume) / STATE, "checkpoint to resume from")
         return Path(resume)
     states = sorted(output_dir.glob("*/checkpoints/step-*/state.json"), key=lambda path: path.stat().st_mtime_ns)
     if not states:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from dfu_mlflow.base.load import part_digest
 from dfu_mlflow.data.cache import RowCache
 from dfu_mlflow.types import Conditioning, Pipeline
 
@@ -81,8 +80,21 @@ class Conditioner:
         return Conditioner(self.classes, self.prompts, *(tensor.to(device) for tensor in tensors))
 
 
+@dataclass(frozen=True)
+class EmbeddingCache:
+    """Where embeddings are kept.
+
+    Attributes:
+        rows: the cache.
+        encoders: `part_digest` of both text encoders.
+    """
+
+    rows: RowCache
+    encoders: tuple[str, str]
+
+
 def encode_prompts(
-    pipe: Pipeline, prompts: dict[str, str], negative_prompt: str, cache: RowCache | None = None
+    pipe: Pipeline, prompts: dict[str, str], negative_prompt: str, cache: EmbeddingCache | None = None
 ) -> Conditioner:
     """Encode one prompt a class, the unconditional and the negative prompt.
 
@@ -115,7 +127,7 @@ def prompt_length(pipe: Pipeline, prompts: Sequence[str]) -> int:
     return max(len(pipe.tokenizer(prompt).input_ids) for prompt in prompts)
 
 
-def _rows(pipe: Pipeline, texts: list[str], cache: RowCache | None) -> torch.Tensor:
+def _rows(pipe: Pipeline, texts: list[str], cache: EmbeddingCache | None) -> torch.Tensor:
     """[K, L * D + P]: embeddings and pooled side by side, one row a text."""
 
     def compute(positions: list[int]) -> torch.Tensor:
@@ -123,9 +135,8 @@ def _rows(pipe: Pipeline, texts: list[str], cache: RowCache | None) -> torch.Ten
 
     if cache is None:
         return compute(list(range(len(texts))))
-    encoders = part_digest(pipe.text_encoder)[:16] + part_digest(pipe.text_encoder_2)[:16]
     keys = [_tokens_key(pipe, text) for text in texts]
-    return cache.rows(f"embeddings-{encoders}", keys, compute)
+    return cache.rows.rows(f"embeddings-{''.join(digest[:16] for digest in cache.encoders)}", keys, compute)
 
 
 def _tokens_key(pipe: Pipeline, text: str) -> str:

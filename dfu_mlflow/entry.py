@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -50,6 +51,8 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
         main's code; 2 after a `UserError`, 130 after `Interrupted` or Ctrl-C, each told on one line of stderr.
         Anything else is a defect and keeps its stack trace.
     """
+    # A clinic's network is closed and its runs are private: MLflow reports usage unless told not to.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
         return main(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:

@@ -14,7 +14,7 @@ from dfu_mlflow.metrics.reference import Reference
 from dfu_mlflow.objective import Objective
 from dfu_mlflow.preparation import Material
 from dfu_mlflow.runtime import derive_seed
-from dfu_mlflow.sampling import Settings, generate
+from dfu_mlflow.sampling import Sampler, Settings
 from dfu_mlflow.types import EvalReport
 from dfu_mlflow.validation import ValidationGrid, validation_figures, validation_losses
 
@@ -125,15 +125,8 @@ class Evaluator:
                 counted.append(number < wanted)
                 seeds.append(derive_seed(self.config.seed, "evaluation", class_id, number))
         class_ids = torch.tensor(ids)
-        images = generate(
-            self.material.pipe,
-            self.material.conditioner,
-            class_ids,
-            seeds,
-            self.settings,
-            self.between_batches,
-            batch_size,
-        )
+        sampler = Sampler(self.material.pipe, self.material.conditioner, self.settings, batch_size)
+        images = sampler.generate(class_ids, seeds, between_batches=self.between_batches)
         return images, class_ids, torch.tensor(counted)
 
     def sample_grids(self, images: np.ndarray, class_ids: torch.Tensor) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dfu_mlflow.base.adapters import attach, snapshot
-from dfu_mlflow.base.load import PARTS, part_digest, resolve_base
+from dfu_mlflow.base.load import resolve_base
 from dfu_mlflow.batches import Batches
 from dfu_mlflow.checkpoint import find_checkpoint, load_checkpoint
 from dfu_mlflow.config.schema import RunConfig
@@ -62,10 +62,9 @@ def equip(config: RunConfig, material: Material) -> Equipment:
     Raises:
         UserError: for weights or packages that are not at hand, or adapters that fit nowhere.
     """
-    digests = {part: part_digest(getattr(material.pipe, part)) for part in PARTS}
     parts = build_parts(config, material)
     start = snapshot(material.pipe.unet, config.adapter)  # before the first step an adapter adds nothing
-    return Equipment(material, build_panels(config, material), parts, start, digests)
+    return Equipment(material, build_panels(config, material), parts, start)
 
 
 def build_parts(config: RunConfig, material: Material) -> Parts:

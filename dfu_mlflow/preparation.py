@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from dfu_mlflow.base.autoencoder import VaeEncoder
-from dfu_mlflow.base.load import check_resolution, load_base, resolve_base
-from dfu_mlflow.conditioning import Conditioner, encode_prompts
+from dfu_mlflow.base.load import PARTS, check_resolution, load_base, part_digest, resolve_base
+from dfu_mlflow.conditioning import Conditioner, EmbeddingCache, encode_prompts
 from dfu_mlflow.config.prompts import resolve_prompts
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.data import Audit, RowCache, default_cache_dir, encode_evaluation_latents, encode_latents, load_split
@@ -43,6 +43,7 @@ class Material:
         train, held_out: latents of the training views and of the held-out pictures' evaluation views.
         cache: where costly rows are kept.
         encoder: the autoencoder's identity and first half.
+        digests: part of the base -> SHA-256 of its weights.
         device: where the networks are.
     """
 
@@ -53,6 +54,7 @@ class Material:
     held_out: Latents
     cache: RowCache
     encoder: VaeEncoder
+    digests: dict[str, str]
     device: torch.device
 
 
@@ -77,12 +79,14 @@ def prepare(config: RunConfig, source: Source) -> Material:
     check_resolution(pipe, config.data.resolution_px)
     device = pick_device(config.device)
     cache = RowCache(default_cache_dir(config.data))
-    conditioner = encode_prompts(pipe, source.prompts, config.prompts.negative_prompt, cache)
+    digests = {part: part_digest(getattr(pipe, part)) for part in PARTS}
+    embeddings = EmbeddingCache(cache, (digests["text_encoder"], digests["text_encoder_2"]))
+    conditioner = encode_prompts(pipe, source.prompts, config.prompts.negative_prompt, embeddings)
     pipe.vae.to(device)
-    encoder = VaeEncoder(pipe.vae)
+    encoder = VaeEncoder(pipe.vae, digests["vae"])
     train = encode_latents(source.split.train, config.data, config.seed, cache, encoder)
     held_out = encode_evaluation_latents(source.split.held_out, config.data, cache, encoder)
-    return Material(source, pipe, conditioner.to(device), train, held_out, cache, encoder, device)
+    return Material(source, pipe, conditioner.to(device), train, held_out, cache, encoder, digests, device)
 
 
 def sampling_settings(config: RunConfig, train: Latents) -> Settings:

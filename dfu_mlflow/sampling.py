@@ -6,7 +6,6 @@ the image's own seed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,12 +26,13 @@ from dfu_mlflow.base.adapters import attach
 from dfu_mlflow.base.load import load_base
 from dfu_mlflow.conditioning import Conditioner, encode_prompts
 from dfu_mlflow.config.schema import AdapterConfig
+from dfu_mlflow.documents import read_document
 from dfu_mlflow.ema import copy_into
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.runtime import generator, pick_device
 from dfu_mlflow.types import Pipeline
 
-FORMAT = 1
+BUNDLE = "sampler.json"
 
 
 @dataclass(frozen=True)
@@ -71,34 +71,6 @@ def build_scheduler(config: dict[str, Any], name: str, prediction_type: str | No
     if name == "base":
         return getattr(diffusers, str(config["_class_name"])).from_config(config, **change)
     return kinds[name].from_config(config, **change)
-
-
-@torch.no_grad()
-def generate(
-    pipe: Pipeline,
-    conditioner: Conditioner,
-    class_ids: torch.Tensor,
-    seeds: Sequence[int],
-    settings: Settings,
-    between_batches: Callable[[], None] | None = None,
-    batch_size: int = 64,
-) -> np.ndarray:
-    """Draw one image for each (class id, seed).
-
-    Args:
-        class_ids: int64 [N].
-        between_batches: called before each batch; raises to stop.
-
-    Returns:
-        uint8 [N, H, W, 3].
-    """
-    images = []
-    for start in range(0, len(seeds), batch_size):
-        if between_batches is not None:
-            between_batches()
-        rows = slice(start, start + batch_size)
-        images.append(_draw_batch(pipe, conditioner.sampling(class_ids[rows]), seeds[rows], settings))
-    return np.concatenate(images)
 
 
 def _draw_batch(pipe: Pipeline, told: dict[str, Any], seeds: Sequence[int], settings: Settings) -> np.ndarray:
@@ -180,7 +152,34 @@ class Sampler:
             change["num_inference_steps"] = num_inference_steps
         settings = Settings(**{**asdict(self.settings), **change})
         ids = torch.tensor([self.classes.index(label) for label in labels])
-        return generate(self.pipe, self.conditioner, ids, seeds, settings, batch_size=self.batch_size)
+        return self.generate(ids, seeds, settings)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        class_ids: torch.Tensor,
+        seeds: Sequence[int],
+        settings: Settings | None = None,
+        between_batches: Callable[[], None] | None = None,
+    ) -> np.ndarray:
+        """Draw one image for each (class id, seed).
+
+        Args:
+            class_ids: int64 [N].
+            settings: None takes the defaults.
+            between_batches: called before each batch; raises to stop.
+
+        Returns:
+            uint8 [N, H, W, 3].
+        """
+        images = []
+        for start in range(0, len(seeds), self.batch_size):
+            if between_batches is not None:
+                between_batches()
+            rows = slice(start, start + self.batch_size)
+            told = self.conditioner.sampling(class_ids[rows])
+            images.append(_draw_batch(self.pipe, told, seeds[rows], settings or self.settings))
+        return np.concatenate(images)
 
     @classmethod
     def load(cls, bundle: Path, device: str = "auto") -> Self:
@@ -189,7 +188,7 @@ class Sampler:
         Raises:
             UserError: when the folder is no bundle, or its base is not at hand.
         """
-        facts = read_bundle(bundle)
+        facts = read_document(bundle / BUNDLE, "sampler")
         pipe = load_base(str(bundle / "base") if facts["base"]["bundled"] else facts["base"]["source"])
         adapter = AdapterConfig.model_validate(facts["adapter"])
         weights = attach(pipe.unet, adapter, seed=0)
@@ -201,18 +200,3 @@ class Sampler:
         settings = dict(facts["settings"])
         settings["original_size_px"] = tuple(settings["original_size_px"])
         return cls(pipe, conditioner.to(target), Settings(**settings), int(facts["batch_size"]))
-
-
-def read_bundle(bundle: Path) -> dict[str, Any]:
-    """The facts of a bundle folder.
-
-    Raises:
-        UserError: when it is none, or of another format.
-    """
-    try:
-        facts = dict(json.loads((bundle / "sampler.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        raise UserError(f"{bundle} is no sampler: it has no readable sampler.json") from None
-    if facts.get("format") != FORMAT:
-        raise UserError(f"{bundle} has format {facts.get('format')}, this version reads {FORMAT}")
-    return facts

@@ -64,14 +64,12 @@ class Equipment:
         panels: what generated images are measured against.
         parts: what is trained, on what.
         start: the base's weights, as `snapshot` keeps them.
-        base_digests: part of the base -> SHA-256 of its weights.
     """
 
     material: Material
     panels: Panels
     parts: Parts
     start: dict[str, torch.Tensor]
-    base_digests: dict[str, str]
 
 
 class TrainingRun:
@@ -85,7 +83,6 @@ class TrainingRun:
         self.parts = equipment.parts
         self.start = equipment.start
         self.panels = equipment.panels
-        self.base_digests = equipment.base_digests
         self.tracker = tracker
         self.folder = folder
         self.history = History(folder / "history.json")
@@ -119,7 +116,7 @@ class TrainingRun:
         }
         self.tracker.params(config, derived)
         self.tracker.text("config.yaml", dump_yaml(config))
-        hashes = {f"sha256.{part}": digest for part, digest in self.base_digests.items()}
+        hashes = {f"sha256.{part}": digest for part, digest in self.material.digests.items()}
         notes = {f"not_computed.{metric}": reason for metric, reason in self.panels.notes.items()}
         self.tracker.tags(provenance() | hashes | notes)
         for context, records in {"training": source.split.train, "evaluation": source.split.held_out}.items():

@@ -6,19 +6,18 @@ from typing import Any
 
 import torch
 
-from dfu_mlflow.base.load import part_digest
-
 
 class VaeEncoder:
     """Encodes photographs; satisfies `dfu_mlflow.data.dataset.LatentEncoder`.
 
     Args:
         vae: AutoencoderKL; float32, because SDXL's own overflows in half precision.
+        digest: of its weights (`part_digest`).
     """
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, digest: str) -> None:
         self.vae = vae
-        self._identity = f"{part_digest(vae)[:32]}-{str(vae.dtype).removeprefix('torch.')}"
+        self._identity = f"{digest[:32]}-{str(vae.dtype).removeprefix('torch.')}"
 
     @property
     def identity(self) -> str:

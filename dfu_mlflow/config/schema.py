@@ -200,8 +200,9 @@ class SamplingConfig(Section):
     """How pictures are drawn: in evaluation, by `sample` and by the server."""
 
     guidance_scale: NotNegative = 3.0
-    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 15
-    scheduler: Literal["base", "ddim", "euler", "dpmpp_2m", "unipc"] = "base"
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 10
+    scheduler: Literal["base", "ddim", "euler", "dpmpp_2m", "unipc"] = "dpmpp_2m"
+    """`base` is the base's own."""
     guidance_rescale: Fraction = 0.0
     """Lin et al. 2024, section 3.4."""
     batch_size: Positive = 64

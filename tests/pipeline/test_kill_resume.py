@@ -25,7 +25,7 @@ def child(
     context: multiprocessing.context.ForkServerContext, config: RunConfig, store: str
 ) -> multiprocessing.process.BaseProcess:
     """A training run in a process whose libraries are loaded already, so that it costs seconds."""
-    names = {"CONFIG": config.model_dump_json(), "STORE": store}
+    names = {"CONFIG": config.model_dump_json(), "STORE": store, "FOLDER": str(Path(config.output_dir).parent)}
     return context.Process(target=runpy.run_path, args=(str(Path(__file__).with_name("train_child.py")), names))
 
 

@@ -85,3 +85,13 @@ def test_fast_leaves_slow_tests_out_and_pytest_comes_last() -> None:
     assert command[command.index("-m") + 1] == "not slow"
     assert command[-2:] == ["tests/config", "tests/project"]
     assert "-m" not in checks_entry.checks(checks_entry.ChecksConfig())["pytest"]
+
+
+def test_usage_is_not_reported_unless_the_user_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def main(arguments: Sequence[str]) -> int:
+        return int(os.environ["MLFLOW_DISABLE_TELEMETRY"] == arguments[0])
+
+    monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
+    assert entry.run(main, ["true"]) == 1
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "false")
+    assert entry.run(main, ["false"]) == 1

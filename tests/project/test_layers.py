@@ -16,7 +16,7 @@ MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 60
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("config", "entry", "errors", "interrupt", "runtime", "types"),
+    ("config", "documents", "entry", "errors", "interrupt", "runtime", "types"),
     ("base", "conditioning", "data", "ema", "optimizers", "schedules"),
     (
         "base.pretraining",
