@@ -40,6 +40,10 @@ class History:
         """The figures of an epoch, by the names that MLflow shows."""
         return dict(self.epochs.get(str(epoch), {}).get("figures", {}))
 
+    def measured(self) -> list[int]:
+        """Epochs that were evaluated."""
+        return sorted(map(int, self.epochs))
+
     def series(self, name: str) -> dict[int, float]:
         """Epoch -> value of one figure."""
         return {int(epoch): entry["figures"][name] for epoch, entry in self.epochs.items() if name in entry["figures"]}

@@ -26,6 +26,9 @@ from dfu_mlflow.interrupt import StopRequest
 from dfu_mlflow.panels import Panels
 from dfu_mlflow.preparation import Material, sampling_settings
 from dfu_mlflow.progress import Console
+from dfu_mlflow.report.album import Album
+from dfu_mlflow.report.render import render
+from dfu_mlflow.report.training import TrainingStory, training_report
 from dfu_mlflow.runtime import provenance
 from dfu_mlflow.tracking import Tracker
 from dfu_mlflow.trainer import Hooks, Parts, Score, Trainer
@@ -86,6 +89,8 @@ class TrainingRun:
         self.tracker = tracker
         self.folder = folder
         self.history = History(folder / "history.json")
+        self.album = Album(folder / "grids", self.material.source.split.classes)
+        self.settings_shown: dict[str, str] = {}
         self.settings = sampling_settings(config, self.material.train)
         self.evaluator = Evaluator(
             self.material, self.parts.objective, self.settings, self.panels.panels, config.evaluation, stop.check
@@ -115,6 +120,7 @@ class TrainingRun:
             "metric_identity": "; ".join(panel.reference.identity for panel in self.panels.panels),
         }
         self.tracker.params(config, derived)
+        self.settings_shown = {name: str(value) for name, value in derived.items() if name != "metric_identity"}
         self.tracker.text("config.yaml", dump_yaml(config))
         hashes = {f"sha256.{part}": digest for part, digest in self.material.digests.items()}
         notes = {f"not_computed.{metric}": reason for metric, reason in self.panels.notes.items()}
@@ -179,6 +185,7 @@ class TrainingRun:
         """Everything an epoch leaves behind."""
         self.tracker.epoch(epoch, figures)
         for shown, measurement in measured.items():
+            self.album.keep(shown, epoch, measurement.grids)
             for label, grid in measurement.grids.items():
                 self.tracker.image(f"samples{'' if shown == 'live' else '_ema'}/{label}", epoch, grid)
             suffix = "" if shown == "live" else "_ema"
@@ -202,13 +209,28 @@ class TrainingRun:
                 scores.append(Score(value, shown))
         return min(scores, key=lambda one: one.value) if scores else None
 
+    def report(self, epoch: int, shown: str, verdict: str) -> None:
+        """Write `report.html`, about the checkpoint of this epoch and these weights."""
+        story = TrainingStory(
+            run_id=self.tracker.run_id,
+            epochs={number: self.history.figures(number) for number in self.history.measured()},
+            best_epoch=epoch,
+            best_weights=shown,
+            verdict=verdict,
+            grids=self.album.grids(shown),
+            settings=self.settings_shown,
+            identities=[panel.reference.identity for panel in self.panels.panels],
+            notes=self.panels.notes,
+        )
+        self.tracker.text("report.html", render(training_report(story)))
+
     def finish(self) -> TrainingResult:
         """Export the best checkpoint and say how the run ended."""
         store = self.trainer.store
         best = store.best()
         newest = store.complete()[-1].name
         name, shown = (str(best["checkpoint"]), str(best["shown"])) if best else (newest, "live")
-        epoch = int(best["epoch"]) if best else self.config.train.epochs
+        epoch = int(best["epoch"]) if best else self.history.measured()[-1]
         bundle = self.folder / "sampler"
         shutil.rmtree(bundle, ignore_errors=True)
         file = store.folder / name / ("ema.safetensors" if shown == "ema" else "weights.safetensors")
@@ -217,6 +239,7 @@ class TrainingRun:
         series = self.history.series(f"eval/{success.metric}") if success else {}
         verdict = success_verdict(success, series, self.config.train.epochs)
         self.tracker.tags({"best.epoch": str(epoch), "best.weights": shown, "verdict": verdict})
+        self.report(epoch, shown, verdict)
         self.console.close()
         return TrainingResult(
             self.tracker.run_id, self.folder, bundle, epoch, shown, self.history.figures(epoch), verdict

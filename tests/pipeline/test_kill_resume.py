@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import time
@@ -108,6 +109,13 @@ def curve(store: str, key: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in client.get_metric_history(one.info.run_id, key)]
 
 
+def reported_epochs(store: str) -> list[str]:
+    client = MlflowClient(store)
+    (one,) = client.search_runs([client.get_experiment_by_name("dfu-mlflow").experiment_id])
+    report = Path(client.download_artifacts(one.info.run_id, "report.html")).read_text(encoding="utf-8")
+    return re.findall(r"<figcaption>class .; rows are epochs ([\d, ]+)<", report)
+
+
 @pytest.mark.parametrize("watch", [mid_step, mid_checkpoint, mid_evaluation])
 def test_killed_and_resumed_equals_unbroken(
     context: multiprocessing.context.ForkServerContext,
@@ -129,3 +137,4 @@ def test_killed_and_resumed_equals_unbroken(
     for key in ("step/loss", "val/loss", "train/loss", "epoch", "eval/kid"):
         assert curve(mine, key) == curve(store, key), key
     assert [step for step, _ in curve(mine, "step/loss")] == list(range(1, 25))
+    assert reported_epochs(mine) == ["0, 1, 2"] * 3, "a class each: the report shows what came before the kill too"

@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "metrics",
         "objective",
         "perceptual",
+        "report",
         "sampling",
         "validation",
     ),
