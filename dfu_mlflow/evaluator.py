@@ -41,6 +41,21 @@ class Baseline:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """Pictures to be measured.
+
+    Attributes:
+        images: uint8 [N, H, W, 3].
+        class_ids: int64 [N], the classes asked for.
+        counted: bool [N], which of them the metrics count; the others fill the sample grids.
+    """
+
+    images: np.ndarray
+    class_ids: torch.Tensor
+    counted: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Measurement:
     """What one evaluation of one set of weights gave.
 
@@ -96,25 +111,29 @@ class Evaluator:
 
     def measure(self, shown: str, base: Baseline | None, batch_size: int) -> Measurement:
         """Evaluate the weights in the UNet; `shown` says which they are, `live` or `ema`."""
+        losses = self.losses()
+        drawn = self.draw(batch_size)
+        figures = validation_figures(losses, base.losses if base else None, self.grid.timesteps)
+        reports = self.assess(drawn, base.reports if base else None, shown)
+        return Measurement(reports, losses, self.sample_grids(drawn), flatten_reports(reports), figures)
+
+    def losses(self) -> torch.Tensor:
+        """Validation losses of the weights in the UNet, float64 [M, T]."""
         unet = self.material.pipe.unet
         unet.eval()
-        losses = validation_losses(unet, self.objective, self.material.conditioner, self.grid, self.between_batches)
-        images, class_ids, counted = self.draw(batch_size)
-        reports = []
-        for number, panel in enumerate(self.panels):
-            features = panel.extractor(torch.from_numpy(images)[counted])
-            before = base.reports[number] if base else None
-            reports.append(panel.reference.report(features, class_ids[counted], before, shown))
-        return Measurement(
-            tuple(reports),
-            losses,
-            self.sample_grids(images, class_ids),
-            flatten_reports(reports),
-            validation_figures(losses, base.losses if base else None, self.grid.timesteps),
-        )
+        return validation_losses(unet, self.objective, self.material.conditioner, self.grid, self.between_batches)
 
-    def draw(self, batch_size: int) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
-        """Images from the same seeds in every epoch: uint8 [N, H, W, 3], int64 [N], and which the metrics count [N]."""
+    def assess(self, drawn: Drawn, base: Sequence[EvalReport] | None, shown: str) -> tuple[EvalReport, ...]:
+        """Measure pictures, one report a panel; `base` are the untouched base's reports."""
+        counted, reports = drawn.counted, []
+        for number, panel in enumerate(self.panels):
+            features = panel.extractor(torch.from_numpy(drawn.images)[counted])
+            before = base[number] if base else None
+            reports.append(panel.reference.report(features, drawn.class_ids[counted], before, shown))
+        return tuple(reports)
+
+    def draw(self, batch_size: int) -> Drawn:
+        """Pictures from the same seeds in every epoch."""
         plan = self.panels[0].reference.generation_plan(self.config.samples) if self.panels else {}
         classes = self.material.conditioner.classes
         ids, seeds, counted = [], [], []
@@ -127,13 +146,13 @@ class Evaluator:
         class_ids = torch.tensor(ids)
         sampler = Sampler(self.material.pipe, self.material.conditioner, self.settings, batch_size)
         images = sampler.generate(class_ids, seeds, between_batches=self.between_batches)
-        return images, class_ids, torch.tensor(counted)
+        return Drawn(images, class_ids, torch.tensor(counted))
 
-    def sample_grids(self, images: np.ndarray, class_ids: torch.Tensor) -> dict[str, np.ndarray]:
+    def sample_grids(self, drawn: Drawn) -> dict[str, np.ndarray]:
         """The first pictures of each class in a row."""
         count = self.config.grid_per_class
         return {
-            label: np.concatenate(list(images[(class_ids == class_id).numpy()][:count]), axis=1)
+            label: np.concatenate(list(drawn.images[(drawn.class_ids == class_id).numpy()][:count]), axis=1)
             for class_id, label in enumerate(self.material.conditioner.classes)
         }
 

@@ -20,6 +20,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from dfu_mlflow.base.adapters import attach
@@ -97,6 +98,20 @@ def _draw_batch(pipe: Pipeline, told: dict[str, Any], seeds: Sequence[int], sett
         pipe.scheduler = kept
     pixels: np.ndarray = (output.float() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     return pixels
+
+
+def put_weights(pipe: Pipeline, adapter: AdapterConfig, file: Path) -> None:
+    """Give a base the fine-tuned weights of a safetensors file; nothing is trainable afterwards.
+
+    Raises:
+        UserError: when the file is missing or holds the weights of another model.
+    """
+    weights = attach(pipe.unet, adapter, seed=0)
+    try:
+        copy_into(weights, load_file(file))
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise UserError(f"{file} does not hold this model's weights: {' '.join(str(error).split())[:200]}") from None
+    pipe.unet.requires_grad_(False).eval()
 
 
 class Sampler:
@@ -190,10 +205,7 @@ class Sampler:
         """
         facts = read_document(bundle / BUNDLE, "sampler")
         pipe = load_base(str(bundle / "base") if facts["base"]["bundled"] else facts["base"]["source"])
-        adapter = AdapterConfig.model_validate(facts["adapter"])
-        weights = attach(pipe.unet, adapter, seed=0)
-        copy_into(weights, load_file(bundle / "weights.safetensors"))
-        pipe.unet.requires_grad_(False).eval()
+        put_weights(pipe, AdapterConfig.model_validate(facts["adapter"]), bundle / "weights.safetensors")
         conditioner = encode_prompts(pipe, facts["prompts"], facts["negative_prompt"])
         target = pick_device(device)
         pipe.to(target)

@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "preparation",
         "progress",
         "resume",
+        "subject",
         "trainer",
         "verdict",
     ),

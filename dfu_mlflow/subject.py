@@ -1,0 +1,169 @@
+"""What an evaluation is about: a checkpoint, a packaged sampler, a pipeline of the family, or a folder of pictures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from dfu_mlflow.base.load import load_base
+from dfu_mlflow.checkpoint import STATE, CheckpointStore
+from dfu_mlflow.conditioning import encode_prompts
+from dfu_mlflow.config.schema import RunConfig
+from dfu_mlflow.data.images import load_rgb
+from dfu_mlflow.documents import read_document
+from dfu_mlflow.errors import UserError
+from dfu_mlflow.preparation import Material, sampling_settings
+from dfu_mlflow.runtime import pick_device
+from dfu_mlflow.sampling import BUNDLE, Sampler, Settings, put_weights
+
+Weights = Literal["best", "live", "ema"]
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures from a folder.
+
+    Attributes:
+        images: uint8 [N, H, W, 3].
+        class_ids: int64 [N], positions among the photographs' classes.
+        names: file of each.
+    """
+
+    images: np.ndarray
+    class_ids: torch.Tensor
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: one of `sampler` and `pictures` is there.
+
+    Attributes:
+        name: as the user called it.
+        shown: `live`, `ema`, `pipeline` or `files`.
+        sampler: draws the pictures.
+        pictures: drawn already.
+    """
+
+    name: str
+    shown: str
+    sampler: Sampler | None = None
+    pictures: Pictures | None = None
+
+
+def local_configuration(source: Path) -> dict[str, Any] | None:
+    """The configuration that a checkpoint or a training run's folder was made with, None for what knows none."""
+    if (source / CHECKPOINTS).is_dir():
+        complete = CheckpointStore(source / CHECKPOINTS, keep_last=1).complete()
+        return local_configuration(complete[-1]) if complete else None
+    if (source / STATE).is_file():
+        return dict(read_document(source / STATE, "checkpoint")["config"])
+    return None
+
+
+def open_subject(source: Path, config: RunConfig, material: Material, weights: Weights = "best") -> Subject:
+    """Open a folder by what it holds.
+
+    Args:
+        source: a checkpoint (`state.json`), a training run's folder (`checkpoints/`), a sampler bundle
+            (`sampler.json`), a diffusers pipeline (`model_index.json`), or a folder with a sub-folder of pictures for
+            each class.
+        config: sampling settings, the adapter of a checkpoint, prompts of a pipeline.
+        material: classes and prompts of the photographs.
+        weights: of a checkpoint; `best` is what the run judged better.
+
+    Raises:
+        UserError: for a folder that is none of these.
+    """
+    if (source / CHECKPOINTS).is_dir():
+        return _open_run(source, config, material, weights)
+    if (source / STATE).is_file():
+        return open_checkpoint(source, config, material, weights)
+    if (source / BUNDLE).is_file():
+        facts = read_document(source / BUNDLE, "sampler")
+        return Subject(str(source), str(facts["shown"]), Sampler.load(source, config.device))
+    if (source / "model_index.json").is_file():
+        return Subject(str(source), "pipeline", _sampler(load_base(str(source)), config, material))
+    if source.is_dir():
+        return Subject(str(source), "files", pictures=read_pictures(source, material.source.split.classes))
+    raise UserError(
+        f"--source {source} is no folder: give a checkpoint, a training run's folder, a diffusers pipeline, a folder "
+        "with a sub-folder of pictures for each class, an MLflow run or model, or models:/NAME@ALIAS"
+    )
+
+
+def open_checkpoint(folder: Path, config: RunConfig, material: Material, weights: Weights) -> Subject:
+    """The sampler of one checkpoint.
+
+    Raises:
+        UserError: for weights that the checkpoint does not hold.
+    """
+    best = CheckpointStore(folder.parent, keep_last=1).best()
+    judged = str(best["shown"]) if best and best["checkpoint"] == folder.name else "live"
+    shown = judged if weights == "best" else weights
+    file = folder / ("ema.safetensors" if shown == "ema" else "weights.safetensors")
+    pipe = load_base(config.base_model)
+    put_weights(pipe, config.adapter, file)
+    return Subject(f"{folder} ({shown} weights)", shown, _sampler(pipe, config, material))
+
+
+def read_pictures(folder: Path, classes: Sequence[str]) -> Pictures:
+    """Every picture below `folder/CLASS/`.
+
+    Raises:
+        UserError: for a class without a folder, a folder without pictures, files that do not decode, or pictures of
+            unlike size.
+    """
+    missing = [label for label in classes if not (folder / label).is_dir()]
+    if missing:
+        needed = ", ".join(classes)
+        raise UserError(f"--source {folder} has no sub-folder for class {', '.join(missing)}: needed are {needed}")
+    images, ids, names = [], [], []
+    for class_id, label in enumerate(classes):
+        files = sorted(path for path in (folder / label).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise UserError(f"--source {folder}/{label} holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
+        images += [load_rgb(path) for path in files]
+        ids += [class_id] * len(files)
+        names += [str(path.relative_to(folder)) for path in files]
+    sizes = Counter(image.shape[:2] for image in images)
+    if len(sizes) > 1:
+        found = ", ".join(f"{count} of {width}x{height}" for (height, width), count in sizes.most_common(4))
+        raise UserError(f"--source {folder} holds pictures of {len(sizes)} sizes ({found}): make them one size")
+    return Pictures(np.stack(images), torch.tensor(ids), tuple(names))
+
+
+def with_settings(subject: Subject, change: Mapping[str, Any]) -> Subject:
+    """The same sampler with other settings, where the user typed some."""
+    if subject.sampler is None or not change:
+        return subject
+    known = {key: value for key, value in change.items() if key in Settings.__dataclass_fields__}
+    sampler = subject.sampler
+    settings = replace(sampler.settings, **known)
+    return replace(subject, sampler=Sampler(sampler.pipe, sampler.conditioner, settings, sampler.batch_size))
+
+
+def _open_run(folder: Path, config: RunConfig, material: Material, weights: Weights) -> Subject:
+    store = CheckpointStore(folder / CHECKPOINTS, keep_last=1)
+    best, complete = store.best(), store.complete()
+    if not complete:
+        raise UserError(f"--source {folder} holds no whole checkpoint")
+    chosen = store.folder / str(best["checkpoint"]) if best else complete[-1]
+    return open_checkpoint(chosen, config, material, weights)
+
+
+def _sampler(pipe: Any, config: RunConfig, material: Material) -> Sampler:
+    source = material.source
+    conditioner = encode_prompts(pipe, source.prompts, config.prompts.negative_prompt)
+    device = pick_device(config.device)
+    pipe.to(device)
+    settings = sampling_settings(config, material.train)
+    return Sampler(pipe, conditioner.to(device), settings, config.sampling.batch_size)
