@@ -7,7 +7,7 @@ import csv
 from pathlib import Path
 from typing import Annotated
 
-import mlflow
+import mlflow.pyfunc
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from pydantic import Field
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from dfu_mlflow.config.schema import Positive, Section
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.runtime import derive_seed
+from registry.source import resolve_version
 
 ROWS_PER_CALL = 64
 COLUMNS = ("path", "class", "seed", "model")
@@ -53,7 +54,7 @@ def sample(config: SampleConfig) -> Path:
     if manifest.exists():
         raise UserError(f"--output_dir {config.output_dir} holds samples already: give another folder")
     try:
-        name = _version(config.model)
+        name = resolve_version(config.model)
         model = mlflow.pyfunc.load_model(f"models:/{name}", model_config={"model": name})
     except (MlflowException, OSError) as error:
         raise UserError(f"--model {config.model} cannot be loaded: {str(error).splitlines()[0]}") from None
@@ -76,14 +77,6 @@ def sample(config: SampleConfig) -> Path:
         writer.writeheader()
         writer.writerows(lines)
     return manifest
-
-
-def _version(uri: str) -> str:
-    """`NAME/VERSION` of a registered model; an alias is looked up once, so that all pictures come from one version."""
-    if not uri.startswith("models:/"):
-        raise UserError(f"--model {uri}: give models:/NAME@ALIAS or models:/NAME/VERSION")
-    name, _, alias = uri.removeprefix("models:/").partition("@")
-    return f"{name}/{mlflow.MlflowClient().get_model_version_by_alias(name, alias).version}" if alias else name
 
 
 def _write(folder: Path, answer: dict[str, object]) -> dict[str, object]:

@@ -1,0 +1,122 @@
+"""MLflow runs and models -> folders that `dfu_mlflow.subject` opens, with the configuration that made them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import yaml
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from dfu_mlflow.errors import UserError
+from dfu_mlflow.sampling import BUNDLE
+from dfu_mlflow.subject import local_configuration
+
+RUN_ID = re.compile(r"(?:runs:/)?([0-9a-f]{32})")
+SAMPLER = "sampler"
+"""Name of the LoggedModel that `registry.package` makes of a run."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where a source lies.
+
+    Attributes:
+        folder: on this machine.
+        configuration: what it was made with, None where nothing tells.
+        run_id: the MLflow run that made it, None for a plain folder.
+        model_id: its LoggedModel, None for a plain folder.
+        version: `NAME/VERSION` where it was found through the model registry.
+    """
+
+    folder: Path
+    configuration: dict[str, Any] | None
+    run_id: str | None = None
+    model_id: str | None = None
+    version: str | None = None
+
+
+def locate(source: str) -> Located:
+    """Find what the user named.
+
+    Args:
+        source: a folder; an MLflow run's id, with or without `runs:/`; `models:/m-ID`; `models:/NAME@ALIAS` or
+            `models:/NAME/VERSION`.
+
+    Raises:
+        UserError: for a run or model that is not in the tracking store, or holds no sampler.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return Located(folder, local_configuration(folder))
+    run = RUN_ID.fullmatch(source)
+    try:
+        if run is not None:
+            return _model(_sampler_of(run[1]), None)
+        if source.startswith("models:/m-"):
+            return _model(source.removeprefix("models:/"), None)
+        if source.startswith("models:/"):
+            version = resolve_version(source)
+            return _model(_model_id(version), version)
+    except MlflowException as error:
+        raise UserError(f"--source {source} cannot be had: {str(error).splitlines()[0]}") from None
+    return Located(folder, None)  # `open_subject` says what is allowed
+
+
+def resolve_version(uri: str) -> str:
+    """`NAME/VERSION` of a registered model; an alias is looked up once, so that everything comes from one version.
+
+    Raises:
+        UserError: for another form.
+        MlflowException: when it is not registered.
+    """
+    if not uri.startswith("models:/"):
+        raise UserError(f"{uri} names no registered model: give models:/NAME@ALIAS or models:/NAME/VERSION")
+    name, _, alias = uri.removeprefix("models:/").partition("@")
+    return f"{name}/{MlflowClient().get_model_version_by_alias(name, alias).version}" if alias else name
+
+
+def _sampler_of(run_id: str) -> str:
+    """Id of the model that was packaged at the end of a run, the newest if there are several."""
+    client = MlflowClient()
+    experiment_id = client.get_run(run_id).info.experiment_id
+    wanted = f"source_run_id = '{run_id}' AND name = '{SAMPLER}'"
+    found = client.search_logged_models([experiment_id], filter_string=wanted)
+    if not found:
+        raise UserError(
+            f"run {run_id} holds no packaged sampler (registry.register_model was false, or it has not finished): "
+            "give the folder of its checkpoints"
+        )
+    return str(max(found, key=lambda model: model.creation_timestamp).model_id)
+
+
+def _model_id(version: str) -> str:
+    """The LoggedModel behind a version: on SQLite only its `source` tells (checked with MLflow 3.17.2)."""
+    name, _, number = version.rpartition("/")
+    source = str(MlflowClient().get_model_version(name, number).source)
+    if not source.startswith("models:/m-"):
+        raise UserError(f"models:/{version} was not registered by this project: its source is {source}")
+    return source.removeprefix("models:/")
+
+
+def _model(model_id: str, version: str | None) -> Located:
+    client = MlflowClient()
+    model = client.get_logged_model(model_id)
+    files = Path(mlflow.artifacts.download_artifacts(f"models:/{model_id}"))
+    bundles = sorted(files.rglob(BUNDLE))
+    if not bundles:
+        raise UserError(f"model {model_id} holds no sampler of this project ({BUNDLE})")
+    run_id = str(model.source_run_id)
+    return Located(bundles[0].parent, _run_configuration(run_id), run_id, model_id, version)
+
+
+def _run_configuration(run_id: str) -> dict[str, Any] | None:
+    client = MlflowClient()
+    if not any(file.path == "config.yaml" for file in client.list_artifacts(run_id)):
+        return None
+    text = Path(client.download_artifacts(run_id, "config.yaml")).read_text(encoding="utf-8")
+    return dict(yaml.safe_load(text))
