@@ -14,7 +14,8 @@ from dfu_mlflow.data.views import plan_evaluation_view
 from dfu_mlflow.evaluator import Panel
 from dfu_mlflow.metrics.extractors.base import Extractor
 from dfu_mlflow.metrics.extractors.efficientnet import efficientnet_lite0
-from dfu_mlflow.metrics.extractors.inception import Unavailable, inception
+from dfu_mlflow.metrics.extractors.files import Unavailable
+from dfu_mlflow.metrics.extractors.inception import inception
 from dfu_mlflow.metrics.matching import FeatureRows
 from dfu_mlflow.metrics.reference import RealFeatures, Reference, ReferenceSettings
 from dfu_mlflow.preparation import Material
