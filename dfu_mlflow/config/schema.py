@@ -272,6 +272,8 @@ class MetricsConfig(Section):
     """Extractors used after each epoch where their weights are at hand; `evaluate` uses all."""
     allow_download: bool = False
     """Fetch weights that are missing into torch's hub cache."""
+    check_value_range: bool = True
+    """`evaluate` refuses pictures that look inverted, wrapped round or not scaled to 0 to 255."""
     floor_draws: Annotated[int, Field(ge=20)] = 20
 
 

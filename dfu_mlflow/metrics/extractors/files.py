@@ -9,7 +9,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from dfu_mlflow import runtime
 from dfu_mlflow.errors import UserError

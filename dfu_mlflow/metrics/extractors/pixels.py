@@ -9,7 +9,7 @@ from dfu_mlflow.metrics.extractors.base import NetworkExtractor
 PIXELS_SIZE_PX = 64
 BINS = 8
 """Levels a channel of the joint colour histogram."""
-JUMP = 100.0
+JUMP = 180.0
 """Difference of neighbouring pixels, of 255, that wrapped values show everywhere and photographs almost nowhere."""
 STATISTICS = ("saturation", "clipped_share", "contrast")
 
@@ -30,9 +30,9 @@ def colour_statistics(size_px: int, device: torch.device | None = None) -> Netwo
 
 
 def value_signs(size_px: int, device: torch.device | None = None) -> NetworkExtractor:
-    """Per picture, [N, 514]: share of jumps between neighbours, highest value over 255, joint colour histogram 8 x 8 x 8.
+    """Per picture, [N, 514]: share of jumps between neighbours, highest value over 255, joint colour histogram.
 
-    What `value_range.require_photographic` judges by.
+    What `value_range.require_photographic` judges by. The histogram has 8 x 8 x 8 cells.
     """
     extractor = NetworkExtractor("value_signs", "1", size_px, 2 + BINS**3)
     return extractor.attach(_Signs(), device or torch.device("cpu"), 0.0, 1.0)
