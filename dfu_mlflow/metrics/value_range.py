@@ -20,10 +20,17 @@ from dfu_mlflow.metrics.extractors.pixels import JUMP
 DARK = 3.0
 MOST = 0.9
 """Share of pictures that must show the first sign."""
-JUMP_FACTOR, JUMP_FLOOR = 3.0, 0.005
-"""Wrapped: the mean share of jumps is above both a multiple of the photographs' 95th percentile and this share."""
+JUMP_FACTOR, JUMP_FLOOR = 3.0, 0.3
+"""Wrapped: jumps a line are above both a multiple of the photographs' 95th percentile and this number.
+
+Measured at 64 px: 1.5 to 3.2 a line in wrapped pictures, at most 0.03 in photographs.
+"""
 OVERLAP_FACTOR, OVERLAP_FLOOR = 2.0, 0.25
-"""Inverted: the negative's colours overlap at least this much, and this many times as much as the colours do."""
+"""Inverted: the negative's colours overlap at least this much, and this many times as much as the colours do.
+
+Measured: inverted photographs 2.3 to 7.5 times; the worst of 3,000 sets of 12 to 100 sound ones 0.54 times: no false
+alarm.
+"""
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class RangeSigns:
 
     Attributes:
         dark_share: pictures whose highest value is at most `DARK`.
-        jumps: mean share of neighbouring pixels that differ by more than `JUMP` of 255.
+        jumps: how often neighbours in a line of pixels differ by more than `JUMP` of 255, on average.
         usual_jumps: 95th percentile of the same among photographs.
         overlap: of the colour histograms of pictures and photographs, 0 to 1.
         inverted_overlap: the same for the pictures' negatives.
@@ -51,8 +58,8 @@ class RangeSigns:
             return f"{self.dark_share:.0%} of them hold no value above {DARK:.0f} of 255: 0 to 1 was not scaled"
         if self.jumps > max(JUMP_FACTOR * self.usual_jumps, JUMP_FLOOR):
             return (
-                f"{self.jumps:.1%} of neighbouring pixels jump by more than {JUMP:.0f} of 255, among photographs"
-                f" {self.usual_jumps:.2%}: values look wrapped round (scaled to 255 twice, or -1 to 1 cast to bytes)"
+                f"a line of pixels jumps {self.jumps:.1f} times by more than {JUMP:.0f} of 255, in photographs"
+                f" {self.usual_jumps:.2f} times: values look wrapped round (scaled to 255 twice, or -1 to 1 cast to bytes)"
             )
         if self.inverted_overlap > max(OVERLAP_FACTOR * self.overlap, OVERLAP_FLOOR):
             return (

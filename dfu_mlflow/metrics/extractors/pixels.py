@@ -30,7 +30,7 @@ def colour_statistics(size_px: int, device: torch.device | None = None) -> Netwo
 
 
 def value_signs(size_px: int, device: torch.device | None = None) -> NetworkExtractor:
-    """Per picture, [N, 514]: share of jumps between neighbours, highest value over 255, joint colour histogram.
+    """Per picture, [N, 514]: jumps between neighbours a line of pixels, highest value over 255, joint colour histogram.
 
     What `value_range.require_photographic` judges by. The histogram has 8 x 8 x 8 cells.
     """
@@ -50,7 +50,8 @@ class _Colour(torch.nn.Module):
 
 class _Signs(torch.nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        jumps = [(pixels.diff(dim=axis).abs() > JUMP).float().mean((1, 2, 3)) for axis in (2, 3)]
+        # a line, not a share: the edges of wrapped areas are lines, whatever the resolution
+        jumps = [(pixels.diff(dim=axis).abs() > JUMP).float().sum(axis).mean((1, 2)) for axis in (2, 3)]
         levels = (pixels * (BINS / 256)).long().clamp(max=BINS - 1)
         cells = ((levels[:, 0] * BINS + levels[:, 1]) * BINS + levels[:, 2]).flatten(1)
         one = torch.full(cells.shape, 1 / cells.shape[1], device=pixels.device)
