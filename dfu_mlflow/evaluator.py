@@ -157,12 +157,18 @@ class Evaluator:
         }
 
 
+FIXED_NAMES = {"ssim_nearest_real": "ssim", "lpips_nearest_real": "lpips"}
+"""Names that runs are compared by, beside those that say what the figure is: both are unpaired, best of N."""
+
+
 def flatten_reports(reports: Sequence[EvalReport]) -> dict[str, float]:
-    """Metric name -> value; interval ends get `_low` and `_high`."""
+    """Metric name -> value; interval ends get `_low` and `_high`; some values stand under a fixed name as well."""
     figures: dict[str, float] = {}
     for report in reports:
         for name, estimate in report.values.items():
             figures[name] = estimate.value
+            if name in FIXED_NAMES:
+                figures[FIXED_NAMES[name]] = estimate.value
             if estimate.low is not None and estimate.high is not None:
                 figures[f"{name}_low"], figures[f"{name}_high"] = estimate.low, estimate.high
     return figures

@@ -250,7 +250,31 @@ class MetricsConfig(Section):
     extractor_size_px: Annotated[int, Field(ge=32, le=1024)] = 96
     inception_weights: Path | None = None
     """InceptionV3 as ported for FID (`pt_inception-2015-12-05-6726825d.pth` or safetensors); enables `eval/fid`."""
+    dino_model: Literal["dinov2-small", "dinov2-base", "dinov2-large"] = "dinov2-small"
+    dino_weights: Path | None = None
+    """Folder with DINOv2's `config.json` and `model.safetensors`; None looks into the caches."""
+    clip_weights: Path | None = None
+    """Folder with the same of CLIP ViT-L/14-336, for `cmmd`; None looks into the caches."""
+    sscd_weights: Path | None = None
+    """SSCD's TorchScript file. It is code: only a file of one's own that is named here is loaded."""
+    lpips_network: Literal["alex", "vgg"] = "alex"
+    """LPIPS's backbone; `vgg` takes 16 times the memory."""
+    lpips_weights: Path | None = None
+    """That backbone's ImageNet weights as torchvision publishes them; None looks into torch's hub cache."""
+    lpips_size_px: Annotated[int, Field(ge=64, le=512)] = 64
+    """LPIPS was calibrated on patches of 64 px."""
+    per_epoch: tuple[Literal["efficientnet_lite0", "colour", "pixels", "inception", "lpips", "dinov2", "clip"], ...] = (
+        "efficientnet_lite0",
+        "colour",
+        "pixels",
+        "inception",
+        "lpips",
+    )
+    """Extractors used after each epoch where their weights are at hand; `evaluate` uses all."""
     allow_download: bool = False
+    """Fetch weights that are missing into torch's hub cache."""
+    check_value_range: bool = True
+    """`evaluate` refuses pictures that look inverted, wrapped round or not scaled to 0 to 255."""
     floor_draws: Annotated[int, Field(ge=20)] = 20
 
 

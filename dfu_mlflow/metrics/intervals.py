@@ -6,8 +6,9 @@ variance is the sum of both sides', the interval Student's with Welch's degrees 
 Measured on correlated Gaussians (5 to 60 patients with 3 to 8 images each, 200 repetitions a setting): the intervals
 cover the expected distance in 91 to 98 % of cases, for both distances, also where both distributions are equal.
 
-For the Frechet distance patients are packed into blocks of nearly equal image counts. It depends on N, and blocks of
-unlike size would mistake that for variance. The interval covers the expected distance *at this N*, its bias included.
+For figures without a closed form (Frechet distance, coverage ...) patients are packed into blocks of nearly equal image
+counts. Such figures depend on N, and blocks of unlike size would mistake that for variance. The interval covers the
+expected figure *at this N*, its bias included.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from dataclasses import dataclass
 import torch
 from scipy import stats
 
-from dfu_mlflow.metrics.frechet import frechet_from_gram
 from dfu_mlflow.metrics.gram import Gram
-from dfu_mlflow.metrics.kernel import cubic_kernel, kernel_from_gram
+from dfu_mlflow.metrics.kernel import Kernel, cubic_kernel, kernel_from_gram
+from dfu_mlflow.metrics.pair import Pair
 from dfu_mlflow.types import Estimate
 
 MIN_GROUPS = 3
 BLOCKS = 20
-"""Blocks a side for the Frechet distance: 40 singular value decompositions, 0.2 s at 240 x 240."""
+"""Blocks a side: for the Frechet distance 40 singular value decompositions, 0.2 s at 240 x 240."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,13 @@ class Replicates:
         return Estimate(self.value, self.value - half, self.value + half)
 
 
-def kernel_replicates(gram: Gram, patients: Sequence[str]) -> Replicates:
-    """Kernel distance of `gram` [N, M], leaving out each patient of the N real rows and each generated image.
+def kernel_replicates(gram: Gram, patients: Sequence[str], similarity: Kernel = cubic_kernel) -> Replicates:
+    """Squared MMD of `gram` [N, M], leaving out each patient of the N real rows and each generated image.
 
     Exact: the sum without a group is the whole sum less that group's rows and columns.
     """
-    kernel = cubic_kernel(gram)
-    real_groups, fake_groups = _positions(patients), torch.arange(len(kernel.fake))
+    kernel = similarity(gram)
+    real_groups, fake_groups = group_positions(patients), torch.arange(len(kernel.fake))
     real_sum, real_left, real_count = _left_out(kernel.real, real_groups)
     fake_sum, fake_left, fake_count = _left_out(kernel.fake, fake_groups)
     n, m = kernel.cross.shape
@@ -73,23 +74,22 @@ def kernel_replicates(gram: Gram, patients: Sequence[str]) -> Replicates:
     cross_real = (kernel.cross.sum() - _sums(kernel.cross.sum(1), real_groups)) / (real_count * m)
     cross_fake = (kernel.cross.sum() - kernel.cross.sum(0)) / (n * fake_count)
     return Replicates(
-        kernel_from_gram(gram),
+        kernel_from_gram(gram, similarity),
         real_left / (real_count * (real_count - 1)) + fake_mean - 2 * cross_real,
         real_mean + fake_left / (fake_count * (fake_count - 1)) - 2 * cross_fake,
     )
 
 
-def frechet_replicates(gram: Gram, patients: Sequence[str], blocks: int = BLOCKS) -> Replicates:
-    """Frechet distance of `gram` [N, M], leaving out blocks of patients and blocks of generated images."""
-    n, m = gram.cross.shape
+def block_replicates(
+    pair: Pair, values: Callable[[Pair], dict[str, float]], blocks: int = BLOCKS
+) -> dict[str, Replicates]:
+    """Any figures of a pair, leaving out blocks of patients and blocks of generated images, a value each."""
+    n, m = pair.sizes
     every_real, every_fake = torch.arange(n), torch.arange(m)
-    real = _blocks(patients, blocks)
-    fake = every_fake % min(blocks, m)
-    return Replicates(
-        frechet_from_gram(gram),
-        _without_each(real, lambda kept: frechet_from_gram(gram.keep(kept, every_fake))),
-        _without_each(fake, lambda kept: frechet_from_gram(gram.keep(every_real, kept))),
-    )
+    whole = values(pair)
+    real = _left_out_values(_blocks(pair.patients, blocks), lambda kept: values(pair.keep(kept, every_fake)))
+    fake = _left_out_values(every_fake % min(blocks, m), lambda kept: values(pair.keep(every_real, kept)))
+    return {name: Replicates(whole[name], *(_column(side, name) for side in (real, fake))) for name in whole}
 
 
 def proportion_estimate(successes: int, trials: int) -> Estimate:
@@ -103,7 +103,7 @@ def _jackknife_variance(left_out: torch.Tensor) -> float:
     return float((left_out - left_out.mean()).square().sum()) * (groups - 1) / groups
 
 
-def _positions(groups: Sequence[str]) -> torch.Tensor:
+def group_positions(groups: Sequence[str]) -> torch.Tensor:
     """int64 [N]: the place of each row's group among the sorted groups."""
     names = {name: index for index, name in enumerate(sorted(set(groups)))}
     return torch.tensor([names[group] for group in groups])
@@ -136,9 +136,13 @@ def _blocks(patients: Sequence[str], blocks: int) -> torch.Tensor:
     return torch.tensor([chosen[name] for name in patients])
 
 
-def _without_each(groups: torch.Tensor, distance: Callable[[torch.Tensor], float]) -> torch.Tensor:
-    """Distances [G], each without one group; empty where leaving one out would leave fewer than two rows."""
+def _left_out_values(
+    groups: torch.Tensor, values: Callable[[torch.Tensor], dict[str, float]]
+) -> list[dict[str, float]]:
+    """Figures without each group; none where leaving one out would leave fewer than two rows."""
     kept = [torch.nonzero(groups != group).flatten() for group in torch.unique(groups)]
-    if min(len(rows) for rows in kept) < 2:
-        return torch.empty(0, dtype=torch.float64)
-    return torch.tensor([distance(rows) for rows in kept], dtype=torch.float64)
+    return [values(rows) for rows in kept] if min(len(rows) for rows in kept) >= 2 else []
+
+
+def _column(found: list[dict[str, float]], name: str) -> torch.Tensor:
+    return torch.tensor([figures[name] for figures in found], dtype=torch.float64)

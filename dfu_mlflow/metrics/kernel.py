@@ -6,9 +6,14 @@ for equal distributions, may be negative, and does not depend on N in the mean.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from dfu_mlflow.metrics.gram import Gram, gram
+
+Kernel = Callable[[Gram], Gram]
+"""Inner products -> similarities."""
 
 
 def kernel_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
@@ -20,26 +25,26 @@ def kernel_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
     return kernel_from_gram(gram(real, fake))
 
 
-def kernel_from_gram(gram: Gram) -> float:
-    """The same from inner products."""
-    kernel = cubic_kernel(gram)
-    return float(_within(kernel.real) + _within(kernel.fake) - 2 * kernel.cross.mean())
+def cubic_kernel(gram: Gram) -> Gram:
+    """k(x, y) = (x·y / D + 1)³ in place of each inner product."""
+    real, fake, cross = ((part / gram.dimension + 1) ** 3 for part in (gram.real, gram.fake, gram.cross))
+    return Gram(real, fake, cross, gram.dimension)
 
 
-def paired_kernel_from_gram(gram: Gram) -> float:
+def kernel_from_gram(gram: Gram, kernel: Kernel = cubic_kernel) -> float:
+    """The same from inner products, under any kernel."""
+    similarities = kernel(gram)
+    return float(_within(similarities.real) + _within(similarities.fake) - 2 * similarities.cross.mean())
+
+
+def paired_kernel_from_gram(gram: Gram, kernel: Kernel = cubic_kernel) -> float:
     """For rows i that show the same subject on both sides (a photograph and its reconstruction), N = M.
 
     The cross term leaves out the pairs (i, i) as well: kept, their likeness would drag the distance below zero. This is
     the U-statistic of Gretton et al. 2012, equation 4.
     """
-    kernel = cubic_kernel(gram)
-    return float(_within(kernel.real) + _within(kernel.fake) - 2 * _within(kernel.cross))
-
-
-def cubic_kernel(gram: Gram) -> Gram:
-    """k(x, y) = (x·y / D + 1)³ in place of each inner product."""
-    real, fake, cross = ((part / gram.dimension + 1) ** 3 for part in (gram.real, gram.fake, gram.cross))
-    return Gram(real, fake, cross, gram.dimension)
+    similarities = kernel(gram)
+    return float(_within(similarities.real) + _within(similarities.fake) - 2 * _within(similarities.cross))
 
 
 def _within(kernel: torch.Tensor) -> torch.Tensor:

@@ -7,25 +7,32 @@ the Frechet distance depends on the number of pictures; floors use the same size
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from sklearn.pipeline import Pipeline
 
 from dfu_mlflow import runtime
 from dfu_mlflow.errors import UserError
+from dfu_mlflow.metrics.catalogue import METRICS
 from dfu_mlflow.metrics.classifier import class_accuracy, fit_classifier
-from dfu_mlflow.metrics.comparison import progress, require_comparable
+from dfu_mlflow.metrics.comparison import (
+    MIN_VERDICT_PICTURES,
+    Comparison,
+    compare,
+    progress,
+    require_comparable,
+)
 from dfu_mlflow.metrics.floors import floors
-from dfu_mlflow.metrics.frechet import frechet_from_gram
-from dfu_mlflow.metrics.gram import Gram, gram
-from dfu_mlflow.metrics.intervals import Replicates, frechet_replicates, kernel_replicates
-from dfu_mlflow.metrics.kernel import paired_kernel_from_gram
 from dfu_mlflow.metrics.matching import FeatureRows, matched_rows, proportional_counts, row_order
+from dfu_mlflow.metrics.metric import Better
+from dfu_mlflow.metrics.pair import Pair, generated_rows
 from dfu_mlflow.types import Estimate, EvalReport
 
-PROTOCOL = 1
-"""Raised by whoever changes what a figure means."""
+PROTOCOL = 2
+"""Raised by whoever changes what a figure means. 2: a floor's range allows for draws that overlap."""
 MIN_IMAGES = 10
 """Fewer pictures on a side say nothing: the figure is left out, with a note."""
 
@@ -59,7 +66,9 @@ class ReferenceSettings:
         seed: of the samples, of the choice of rows and of the floors.
         floor_draws: random sets of training patients in a floor.
         data_digest: which photographs these are, hexadecimal.
-        frechet_name: `fd`, or `fid` for Inception features, whose reports hold the Frechet distance alone.
+        metrics: what is computed, by name in `catalogue.METRICS`.
+        names: figure -> the name it is reported under, where that is another: `fd` is `fid` for Inception features.
+        judge: whether a classifier on these features says which class a picture shows.
     """
 
     extractor: str
@@ -67,7 +76,9 @@ class ReferenceSettings:
     seed: int = 0
     floor_draws: int = 20
     data_digest: str = ""
-    frechet_name: str = "fd"
+    metrics: tuple[str, ...] = ("frechet", "kernel")
+    names: Mapping[str, str] = field(default_factory=dict)
+    judge: bool = True
 
 
 class Reference:
@@ -90,7 +101,7 @@ class Reference:
         order = row_order(len(real.held_out), runtime.generator(settings.seed, "metrics/held-out"))
         self._rows = matched_rows(real.held_out.class_ids, self.counts, order)
         self._chosen = real.held_out.take(self._rows)
-        self._metrics = ("fd",) if settings.frechet_name != "fd" else ("fd", "kid")
+        self._metrics = [METRICS[name] for name in settings.metrics]
         self.identity = _identity(settings, self.size, len(real.held_out))
         self.floors: dict[str, Estimate] = {}
         self.notes: dict[str, str] = {}
@@ -128,19 +139,19 @@ class Reference:
         report = EvalReport({}, self.identity, weights, dict(self.notes))
         if min(len(features), self.size) < MIN_IMAGES:
             reason = f"{min(len(features), len(self._chosen))} pictures to compare, at least {MIN_IMAGES} are needed"
-            report.notes.update(dict.fromkeys((self._name(metric) for metric in self._metrics), reason))
+            report.notes.update(dict.fromkeys(self._figures(), reason))
             return report
         if base is not None:
             require_comparable(base, report)
         rows = self._generated_rows(class_ids, report)
-        self._add_distances(report, features[rows], class_ids[rows])
+        self._add_figures(report, Pair(self._chosen, generated_rows(features[rows], class_ids[rows])))
         report.values.update(self.floors)
         self._add_progress(report, base)
         self._add_class_accuracy(report, features, class_ids)
         return report
 
     def difference(self, first: torch.Tensor, second: torch.Tensor, class_ids: torch.Tensor) -> dict[str, Estimate]:
-        """Distance of `first` less distance of `second` [M, D], generated from the same seeds, row for row.
+        """Each figure of `first` less that of `second` [M, D], generated from the same seeds, row for row.
 
         Much narrower than the difference of two reports: what both share (photographs, seeds) cancels.
 
@@ -150,37 +161,59 @@ class Reference:
         if not len(first) == len(second) == len(class_ids) or len(first) < self.size:
             raise UserError(f"{len(first)} and {len(second)} generated rows: two equal sets of {self.size} are needed")
         rows = self._generated_rows(class_ids, None)
-        pair = [self._replicates(gram(self._chosen.features, each[rows])) for each in (first, second)]
-        return {self._name(metric): (pair[0][metric] - pair[1][metric]).estimate() for metric in self._metrics}
+        pairs = [Pair(self._chosen, generated_rows(each[rows], class_ids[rows])) for each in (first, second)]
+        found = {}
+        for metric in self._metrics:
+            one, other = (metric.replicates(pair) for pair in pairs)
+            found.update({self._name(figure): (one[figure] - other[figure]).estimate() for figure in metric.figures})
+        return found
 
-    def _name(self, metric: str) -> str:
-        return self.settings.frechet_name if metric == "fd" else metric
+    def compare(self, first: torch.Tensor, second: torch.Tensor, class_ids: torch.Tensor) -> dict[str, Comparison]:
+        """Say by each figure whether `first` is better than `second`; arguments and errors as `difference`."""
+        better = {self._name(figure): way for metric in self._metrics for figure, way in metric.figures.items()}
+        return {
+            figure: compare(figure, difference, better[figure], self.size)
+            for figure, difference in self.difference(first, second, class_ids).items()
+            if better[figure] != "neither"
+        }
+
+    def _name(self, figure: str) -> str:
+        return self.settings.names.get(figure, figure)
+
+    def _figures(self) -> list[str]:
+        return [self._name(figure) for metric in self._metrics for figure in metric.figures]
 
     def _with_size(self, size: int) -> Reference:
         return Reference(self.real, replace(self.settings, samples=size))
 
     def _add_floor(self) -> None:
+        names = {figure: f"{self._name(figure)}_floor" for metric in self._metrics for figure in metric.floor}
         if self.real.training is None or len(self.real.training) < self.size:
             reason = f"fewer than {MIN_IMAGES} training photographs are at hand"
-            self.notes.update(dict.fromkeys((f"{self._name(metric)}_floor" for metric in self._metrics), reason))
+            self.notes.update(dict.fromkeys(names.values(), reason))
             return
-        settings = self.settings
-        found = floors(self._chosen.features, self.real.training, self.counts, settings.floor_draws, settings.seed)
-        self.floors.update({f"{self._name(metric)}_floor": found[metric] for metric in self._metrics})
+        draws, seed = self.settings.floor_draws, self.settings.seed
+        found = floors(self._metrics, self._chosen, self.real.training, self.counts, draws, seed)
+        self.floors.update({names[figure]: estimate for figure, estimate in found.items()})
 
     def _add_autoencoder_floor(self) -> None:
         """Held-out photographs against their own reconstructions: no sampler of this autoencoder gets below."""
-        names = {metric: f"{self._name(metric)}_autoencoder_floor" for metric in self._metrics}
-        if self.real.reconstructed_held_out is None:
-            self.notes.update(dict.fromkeys(names.values(), "no reconstructions of held-out photographs are at hand"))
-            return
-        products = gram(self._chosen.features, self.real.reconstructed_held_out[self._rows])
-        distances = {"fd": frechet_from_gram, "kid": paired_kernel_from_gram}
-        self.floors.update({name: Estimate(distances[metric](products)) for metric, name in names.items()})
+        restored = self.real.reconstructed_held_out
+        for metric in self._metrics:
+            if metric.paired_values is None:
+                continue
+            names = {figure: f"{self._name(figure)}_autoencoder_floor" for figure in metric.figures}
+            if restored is None:
+                reason = "no reconstructions of held-out photographs are at hand"
+                self.notes.update(dict.fromkeys(names.values(), reason))
+                continue
+            pair = Pair(self._chosen, generated_rows(restored[self._rows], self._chosen.class_ids))
+            for figure, value in metric.paired_values(pair).items():
+                self.floors[names[figure]] = Estimate(value)
 
     def _fit_judge(self) -> Pipeline | None:
         training, features = self.real.training, self.real.reconstructed_training
-        if "kid" not in self._metrics:
+        if not self.settings.judge:
             return None
         if training is None or features is None or len(torch.unique(training.class_ids)) < 2:
             self.notes["class_accuracy"] = "needs reconstructed training photographs of at least two classes"
@@ -202,43 +235,47 @@ class Reference:
             )
         return rows
 
-    def _replicates(self, products: Gram) -> dict[str, Replicates]:
-        measures = {"fd": frechet_replicates, "kid": kernel_replicates}
-        return {metric: measures[metric](products, self._chosen.patients) for metric in self._metrics}
-
-    def _add_distances(self, report: EvalReport, features: torch.Tensor, class_ids: torch.Tensor) -> None:
-        products = gram(self._chosen.features, features)
-        for metric, replicates in self._replicates(products).items():
-            report.values[self._name(metric)] = replicates.estimate()
+    def _add_figures(self, report: EvalReport, pair: Pair) -> None:
+        for metric in self._metrics:
+            for figure, replicates in metric.replicates(pair).items():
+                _put(report, self._name(figure), replicates.estimate())
         if len(set(self._chosen.patients)) < 3:
-            report.notes["intervals"] = "fewer than 3 held-out patients: no intervals for distances"
-        if "kid" not in self._metrics or len(self.real.classes) < 2:
-            return
-        for index, label in enumerate(self.real.classes):
-            real_rows, fake_rows = (
-                torch.nonzero(ids == index).flatten() for ids in (self._chosen.class_ids, class_ids)
-            )
-            fewest = min(len(real_rows), len(fake_rows))
-            if fewest < MIN_IMAGES:
-                report.notes[f"{label}/kid"] = f"{fewest} pictures to compare, at least {MIN_IMAGES} are needed"
+            report.notes["intervals"] = "fewer than 3 held-out patients: no intervals"
+        if self.size < MIN_VERDICT_PICTURES:
+            few = f"{self.size} pictures on each side are fewer than {MIN_VERDICT_PICTURES}"
+            report.notes["verdict"] = f"{few}: intervals, but no verdict"
+        if len(self.real.classes) > 1:
+            for index, label in enumerate(self.real.classes):
+                self._add_class_figures(report, label, pair.of_class(index))
+
+    def _add_class_figures(self, report: EvalReport, label: str, part: Pair) -> None:
+        for metric in (metric for metric in self._metrics if metric.by_class):
+            names = {figure: f"{label}/{self._name(figure)}" for figure in metric.by_class}
+            if min(part.sizes) < MIN_IMAGES:
+                reason = f"{min(part.sizes)} pictures to compare, at least {MIN_IMAGES} are needed"
+                report.notes.update(dict.fromkeys(names.values(), reason))
                 continue
-            patients = [self._chosen.patients[row] for row in real_rows.tolist()]
-            report.values[f"{label}/kid"] = kernel_replicates(products.keep(real_rows, fake_rows), patients).estimate()
+            found = metric.replicates(part)
+            for figure, name in names.items():
+                _put(report, name, found[figure].estimate())
 
     def _add_progress(self, report: EvalReport, base: EvalReport | None) -> None:
-        for name in map(self._name, self._metrics):
-            known = [
-                report.values[key].value
-                for key in (f"{name}_floor", f"{name}_autoencoder_floor")
-                if key in report.values
-            ]
-            if base is None or name not in base.values or not known:
-                report.notes[f"{name}_progress"] = "needs the untouched base's report" if known else "needs a floor"
-                continue
-            try:
-                report.values[f"{name}_progress"] = progress(base.values[name], report.values[name], max(known))
-            except ValueError as error:
-                report.notes[f"{name}_progress"] = str(error)
+        for metric in self._metrics:
+            for figure in metric.headlines:
+                self._add_progress_of(report, base, self._name(figure), metric.figures[figure])
+
+    @staticmethod
+    def _add_progress_of(report: EvalReport, base: EvalReport | None, name: str, better: Better) -> None:
+        floor_names = (f"{name}_floor", f"{name}_autoencoder_floor")
+        known = [report.values[key].value for key in floor_names if key in report.values]
+        if base is None or name not in base.values or not known:
+            report.notes[f"{name}_progress"] = "needs the untouched base's report" if known else "needs a floor"
+            return
+        floor = max(known) if better == "smaller" else min(known)
+        try:
+            report.values[f"{name}_progress"] = progress(base.values[name], report.values[name], floor, better)
+        except ValueError as error:
+            report.notes[f"{name}_progress"] = str(error)
 
     def _add_class_accuracy(self, report: EvalReport, features: torch.Tensor, class_ids: torch.Tensor) -> None:
         known = class_ids >= 0
@@ -246,6 +283,14 @@ class Reference:
             report.values["class_accuracy"] = class_accuracy(self._judge, features[known], class_ids[known])
         elif self._judge is not None:
             report.notes["class_accuracy"] = "the classes of the generated pictures are not known"
+
+
+def _put(report: EvalReport, name: str, estimate: Estimate) -> None:
+    """Report a figure, or why there is none."""
+    if math.isfinite(estimate.value):
+        report.values[name] = estimate
+    else:
+        report.notes[name] = "not defined for these pictures: too few patients or pictures of a class"
 
 
 def _identity(settings: ReferenceSettings, size: int, held_out: int) -> str:

@@ -18,7 +18,8 @@ from dfu_mlflow.data.phantom import render
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.metrics.extractors.base import NetworkExtractor, resized
 from dfu_mlflow.metrics.extractors.efficientnet import efficientnet_lite0
-from dfu_mlflow.metrics.extractors.inception import Unavailable, inception
+from dfu_mlflow.metrics.extractors.files import Unavailable
+from dfu_mlflow.metrics.extractors.inception import inception
 from dfu_mlflow.metrics.kernel import kernel_distance
 
 HUB_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -175,7 +176,7 @@ def test_wrong_inception_files(tmp_path: Path) -> None:
     torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "other.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     for name in ("other.pth", "list.pth"):
-        with pytest.raises(UserError, match="InceptionV3 weights"):
+        with pytest.raises(UserError, match="inception weights"):
             inception(tmp_path / name, allow_download=False)
 
 
@@ -185,6 +186,6 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
             return os.mkdir, (str(tmp_path / "executed"),)
 
     torch.save({"fc.weight": Harmful()}, tmp_path / "harmful.pth")
-    with pytest.raises(UserError, match="InceptionV3 weights"):
+    with pytest.raises(UserError, match="inception weights"):
         inception(tmp_path / "harmful.pth", allow_download=False)
     assert not (tmp_path / "executed").exists()

@@ -3,14 +3,13 @@
 import pytest
 import torch
 
+from dfu_mlflow.metrics.catalogue import FRECHET
 from dfu_mlflow.metrics.frechet import frechet_distance
 from dfu_mlflow.metrics.gram import Gram, gram
-from dfu_mlflow.metrics.intervals import (
-    frechet_replicates,
-    kernel_replicates,
-    proportion_estimate,
-)
+from dfu_mlflow.metrics.intervals import Replicates, block_replicates, kernel_replicates, proportion_estimate
 from dfu_mlflow.metrics.kernel import kernel_distance
+from dfu_mlflow.metrics.matching import FeatureRows
+from dfu_mlflow.metrics.pair import Pair, generated_rows
 from dfu_mlflow.types import Estimate
 
 PATIENTS, VIEWS, GENERATED, WIDTH = 15, 3, 40, 24
@@ -31,6 +30,12 @@ def study(seed: int, shift: float = 0.5, within: float = 0.5) -> tuple[torch.Ten
     return real * spread, fake, [str(row // VIEWS) for row in range(PATIENTS * VIEWS)]
 
 
+def frechet_replicates(real: torch.Tensor, fake: torch.Tensor, patients: list[str]) -> Replicates:
+    rows = FeatureRows(real, torch.zeros(len(real), dtype=torch.int64), tuple(patients))
+    pair = Pair(rows, generated_rows(fake, torch.zeros(len(fake), dtype=torch.int64)))
+    return block_replicates(pair, FRECHET.values, blocks=5)["fd"]
+
+
 def test_kernel_replicates_are_the_distances_without_a_patient_or_an_image() -> None:
     real, fake, patients = study(0)
     found = kernel_replicates(gram(real, fake), patients)
@@ -46,7 +51,7 @@ def test_kernel_replicates_are_the_distances_without_a_patient_or_an_image() -> 
 
 def test_frechet_replicates_keep_patients_whole_and_blocks_even() -> None:
     real, fake, patients = study(1)
-    found = frechet_replicates(gram(real, fake), patients, blocks=5)
+    found = frechet_replicates(real, fake, patients)
     expected = {round(frechet_distance(real[rows], fake), 9) for rows in _without_every_three_patients(patients)}
     assert len(found.real) == 5
     assert len(found.fake) == 5
@@ -70,7 +75,7 @@ def test_frechet_intervals_cover_the_expected_distance() -> None:
     estimates = []
     for seed in range(120):
         real, fake, patients = study(seed)
-        estimates.append(frechet_replicates(gram(real, fake), patients, blocks=5).estimate())
+        estimates.append(frechet_replicates(real, fake, patients).estimate())
     assert 0.90 <= _coverage(estimates) <= 0.995
 
 
@@ -115,7 +120,7 @@ def test_paired_difference_is_narrower_than_two_intervals() -> None:
 def test_too_few_patients_give_the_value_without_an_interval(patients: list[str]) -> None:
     real, fake, _ = study(3)
     products = gram(real[:12], fake)
-    for replicates in (kernel_replicates(products, patients), frechet_replicates(products, patients)):
+    for replicates in (kernel_replicates(products, patients), frechet_replicates(real[:12], fake, patients)):
         estimate = replicates.estimate()
         assert torch.isfinite(torch.tensor(estimate.value))
         assert estimate.low is None or len(set(patients)) == 3

@@ -15,6 +15,9 @@ from torch.nn import functional
 from dfu_mlflow.errors import UserError
 
 RESIZE = "bicubic-antialiased"
+Level = float | tuple[float, float, float]
+IMAGENET: tuple[Level, Level] = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+"""ImageNet's mean and deviation by channel, in pixel values."""
 
 
 class Extractor(Protocol):
@@ -53,12 +56,15 @@ class NetworkExtractor:
         self.identity = f"{name}@{weights_hash[:8]} {size_px}px {RESIZE}"
         self._network: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._device = torch.device("cpu")
-        self._centre, self._scale, self._batch_size = 0.0, 1.0, 32
+        self._centre, self._scale, self._batch_size = torch.zeros(1), torch.ones(1), 32
 
-    def attach(self, network: torch.nn.Module, device: torch.device, centre: float, scale: float) -> NetworkExtractor:
-        """Set the network and its input range, (pixel - centre) / scale."""
-        self._network = network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-        self._device, self._centre, self._scale = device, centre, scale
+    def attach(self, network: torch.nn.Module, device: torch.device, centre: Level, scale: Level) -> NetworkExtractor:
+        """Set the network and its input range, (pixel - centre) / scale, in pixel values, alike or by channel."""
+        self._network = network.to(device).to(memory_format=torch.channels_last).eval()
+        for weight in network.parameters():  # TorchScript has no `requires_grad_` of its own
+            weight.requires_grad_(False)
+        self._device = device
+        self._centre, self._scale = (torch.tensor(level, device=device).reshape(-1, 1, 1) for level in (centre, scale))
         return self
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:

@@ -7,31 +7,33 @@ The network is torch-fidelity's, the resizing clean-fid's, the weights those of 
 from __future__ import annotations
 
 import io
-import os
-import stat
-from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from cleanfid.inception_torchscript import InceptionV3W
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from dfu_mlflow import runtime
-from dfu_mlflow.errors import UserError
 from dfu_mlflow.metrics.extractors.base import NetworkExtractor
+from dfu_mlflow.metrics.extractors.files import (
+    Unavailable,
+    Weights,
+    WeightsFile,
+    is_own,
+    obtain,
+    read_state,
+    wrong_file,
+)
 
-FILE_NAMES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
 HASH_PREFIX = "6726825d"
 CLEANFID_FOLDER = Path("/tmp")
 SIZE_PX, CENTRE, SCALE = 299, 128.0, 128.0
 
 
-@dataclass(frozen=True)
-class Unavailable:
-    """Why there is no Inception, for a note."""
-
-    reason: str
+def inception_weights(path: Path | None) -> Weights:
+    """Where the weights may lie and where they are published."""
+    published = WeightsFile((URL_INCEPTION_V3,), HASH_PREFIX, ("pt_inception-2015-12-05-6726825d.pth",))
+    return Weights("inception", "fid", "--metrics.inception_weights", (published,), 91, path)
 
 
 def inception(
@@ -47,65 +49,16 @@ def inception(
         UserError: when `path` is given and is not such a file.
     """
     device = device or torch.device("cpu")
-    if path is not None:
-        return _from_state(_read_state(path), path, device)
-    cached: Path | Unavailable | None = _cached()
-    if cached is None and _is_own(CLEANFID_FOLDER / "inception-2015-12-05.pt"):
+    weights = inception_weights(path)
+    if weights.find() is None and is_own(CLEANFID_FOLDER / "inception-2015-12-05.pt"):
         return _from_cleanfid(CLEANFID_FOLDER, device)
-    if cached is None and allow_download:
-        cached = _download()
-    if cached is None:
-        return Unavailable("no Inception weights: set --metrics.inception_weights or --metrics.allow_download true")
-    return cached if isinstance(cached, Unavailable) else _from_state(_read_state(cached), cached, device)
+    found = obtain(weights, allow_download)
+    if isinstance(found, Unavailable):
+        return found
+    return _from_state(read_state(found, weights), found, weights, device)
 
 
-def _cached() -> Path | None:
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    found = [folder / name for name in FILE_NAMES if (folder / name).is_file()]
-    return next((file for file in found if runtime.file_digest(file).startswith(HASH_PREFIX)), None)
-
-
-def _download() -> Path | Unavailable:
-    target = Path(torch.hub.get_dir()) / "checkpoints" / FILE_NAMES[1]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(target), hash_prefix=HASH_PREFIX, progress=False)
-    except (OSError, RuntimeError) as error:
-        return Unavailable(f"Inception weights could not be downloaded: {' '.join(str(error).split())}")
-    return target
-
-
-def _is_own(path: Path) -> bool:
-    """A plain file of this user's: anybody can leave one in a shared folder, and TorchScript is code."""
-    try:
-        status = path.lstat()
-    except OSError:
-        return False
-    return stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid()
-
-
-def _read_state(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"Inception weights {path} do not exist: mend --metrics.inception_weights") from None
-    except Exception as error:  # a file from outside may fail in the unpickler, the zip reader or safetensors
-        raise _wrong_file(path, type(error).__name__) from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise _wrong_file(path, "not a table of tensors")
-    return dict(state)
-
-
-def _wrong_file(path: Path, what: str) -> UserError:
-    return UserError(
-        f"{path} does not hold FID's InceptionV3 weights ({what}): --metrics.inception_weights takes {FILE_NAMES[0]},"
-        " or its tensors as safetensors"
-    )
-
-
-def _from_state(state: dict[str, torch.Tensor], path: Path, device: torch.device) -> NetworkExtractor:
+def _from_state(state: dict[str, torch.Tensor], path: Path, weights: Weights, device: torch.device) -> NetworkExtractor:
     # torch-fidelity unpickles what it is given: it gets these tensors, already read safely, from memory instead.
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -113,7 +66,7 @@ def _from_state(state: dict[str, torch.Tensor], path: Path, device: torch.device
     try:
         network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=buffer)
     except RuntimeError as error:
-        raise _wrong_file(path, " ".join(str(error).split())[:120]) from None
+        raise wrong_file(path, weights, " ".join(str(error).split())[:120]) from None
     # Its children stand in the order of its forward pass, which itself takes whole numbers and resizes otherwise.
     layers = [layer for name, layer in network.named_children() if name != "fc"]
     digest = runtime.file_digest(path)
