@@ -114,23 +114,15 @@ class Evaluator:
         losses = self.losses()
         drawn = self.draw(batch_size)
         figures = validation_figures(losses, base.losses if base else None, self.grid.timesteps)
-        reports = self.assess(drawn, base.reports if base else None, shown)
-        return Measurement(reports, losses, self.sample_grids(drawn), flatten_reports(reports), figures)
+        reports = assess(self.panels, drawn, extract(self.panels, drawn), base.reports if base else None, shown)
+        grids = sample_grids(drawn, self.material.conditioner.classes, self.config.grid_per_class)
+        return Measurement(reports, losses, grids, flatten_reports(reports), figures)
 
     def losses(self) -> torch.Tensor:
         """Validation losses of the weights in the UNet, float64 [M, T]."""
         unet = self.material.pipe.unet
         unet.eval()
         return validation_losses(unet, self.objective, self.material.conditioner, self.grid, self.between_batches)
-
-    def assess(self, drawn: Drawn, base: Sequence[EvalReport] | None, shown: str) -> tuple[EvalReport, ...]:
-        """Measure pictures, one report a panel; `base` are the untouched base's reports."""
-        counted, reports = drawn.counted, []
-        for number, panel in enumerate(self.panels):
-            features = panel.extractor(torch.from_numpy(drawn.images)[counted])
-            before = base[number] if base else None
-            reports.append(panel.reference.report(features, drawn.class_ids[counted], before, shown))
-        return tuple(reports)
 
     def draw(self, batch_size: int) -> Drawn:
         """Pictures from the same seeds in every epoch."""
@@ -148,13 +140,33 @@ class Evaluator:
         images = sampler.generate(class_ids, seeds, between_batches=self.between_batches)
         return Drawn(images, class_ids, torch.tensor(counted))
 
-    def sample_grids(self, drawn: Drawn) -> dict[str, np.ndarray]:
-        """The first pictures of each class in a row."""
-        count = self.config.grid_per_class
-        return {
-            label: np.concatenate(list(drawn.images[(drawn.class_ids == class_id).numpy()][:count]), axis=1)
-            for class_id, label in enumerate(self.material.conditioner.classes)
-        }
+
+def extract(panels: Sequence[Panel], drawn: Drawn) -> tuple[torch.Tensor, ...]:
+    """Features of the counted pictures, float64 [M, D], one a panel."""
+    return tuple(panel.extractor(torch.from_numpy(drawn.images)[drawn.counted]) for panel in panels)
+
+
+def assess(
+    panels: Sequence[Panel],
+    drawn: Drawn,
+    features: Sequence[torch.Tensor],
+    base: Sequence[EvalReport] | None,
+    shown: str,
+) -> tuple[EvalReport, ...]:
+    """Measure pictures by their features, one report a panel; `base` are the untouched base's reports."""
+    class_ids = drawn.class_ids[drawn.counted]
+    return tuple(
+        panel.reference.report(features[number], class_ids, base[number] if base else None, shown)
+        for number, panel in enumerate(panels)
+    )
+
+
+def sample_grids(drawn: Drawn, classes: Sequence[str], count: int) -> dict[str, np.ndarray]:
+    """The first `count` pictures of each class in a row: class label -> uint8 [H, K * W, 3]."""
+    return {
+        label: np.concatenate(list(drawn.images[(drawn.class_ids == class_id).numpy()][:count]), axis=1)
+        for class_id, label in enumerate(classes)
+    }
 
 
 FIXED_NAMES = {"ssim_nearest_real": "ssim", "lpips_nearest_real": "lpips"}

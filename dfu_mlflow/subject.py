@@ -94,7 +94,12 @@ def open_subject(source: Path, config: RunConfig, material: Material, weights: W
         return Subject(str(source), "pipeline", _sampler(load_base(str(source)), config, material))
     if source.is_dir():
         return Subject(str(source), "files", pictures=read_pictures(source, material.source.split.classes))
-    raise UserError(
+    raise no_such_source(str(source))
+
+
+def no_such_source(source: str) -> UserError:
+    """What can be evaluated, for a person who named something else."""
+    return UserError(
         f"--source {source} is no folder: give a checkpoint, a training run's folder, a diffusers pipeline, a folder "
         "with a sub-folder of pictures for each class, an MLflow run or model, or models:/NAME@ALIAS"
     )

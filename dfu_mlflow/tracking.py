@@ -221,6 +221,10 @@ class Tracker:
         self._checkpoints[name] = model_id
         return model_id
 
+    def link(self, model_id: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Show figures of this run beside a model that another run made, on the evaluation dataset."""
+        self._link(model_id, step, metrics)
+
     def flush(self) -> None:
         """Block until every point is stored. Call it before a checkpoint is written: what a resumed run does not
         repeat must be in the store by then."""

@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.sampling import BUNDLE
-from dfu_mlflow.subject import local_configuration
+from dfu_mlflow.subject import local_configuration, no_such_source
 
 RUN_ID = re.compile(r"(?:runs:/)?([0-9a-f]{32})")
 SAMPLER = "sampler"
@@ -64,7 +64,7 @@ def locate(source: str) -> Located:
             return _model(_model_id(version), version)
     except MlflowException as error:
         raise UserError(f"--source {source} cannot be had: {str(error).splitlines()[0]}") from None
-    return Located(folder, None)  # `open_subject` says what is allowed
+    raise no_such_source(source)
 
 
 def resolve_version(uri: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from dfu_mlflow.report.document import Table
 from dfu_mlflow.report.plots import Axis, Curve, Level
@@ -11,21 +10,10 @@ from dfu_mlflow.report.plots import Axis, Curve, Level
 Figures = Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class Term:
-    """What a metric is called and what it says."""
-
-    label: str
-    meaning: str
-
-
-HEADLINES = {
-    "fid": Term("FID", "Frechet distance, Inception features; lower is better"),
-    "fd": Term("FD", "Frechet distance of features; lower is better"),
-    "kid": Term("KID", "kernel distance of features; lower is better"),
-}
-"""Metrics with floors and progress."""
-SUFFIXES = ("_low", "_high", "_floor", "_floor_low", "_floor_high", "_autoencoder_floor", "_progress")
+LABELS = {"fid": "FID", "fd": "FD", "kid": "KID", "fd_dinov2": "FD, DINOv2", "kid_dinov2": "KID, DINOv2"}
+"""What the best known figures are called; the others go by their names."""
+FLOORS = ("_floor", "_autoencoder_floor")
+SUFFIXES = ("_low", "_high", *FLOORS, "_progress")
 
 
 def number(value: float) -> str:
@@ -42,6 +30,17 @@ def with_interval(figures: Figures, name: str) -> str:
     return f"{number(figures[name])} [{number(figures[f'{name}_low'])}, {number(figures[f'{name}_high'])}]"
 
 
+def label(name: str) -> str:
+    """What a figure is called."""
+    return LABELS.get(name, name)
+
+
+def headlines(figures: Figures, group: str) -> list[str]:
+    """Figures that have a floor to be seen beside, without the group's name."""
+    names = [key.removeprefix(f"{group}/") for key in figures if key.startswith(f"{group}/")]
+    return [name for name in names if any(f"{group}/{name}{kind}" in figures for kind in FLOORS)]
+
+
 def headline_table(base: Figures, now: Figures, group: str) -> Table:
     """Each headline beside its ceiling and floors.
 
@@ -51,16 +50,11 @@ def headline_table(base: Figures, now: Figures, group: str) -> Table:
         group: `eval` or `eval_ema`.
     """
     rows = []
-    for name, term in HEADLINES.items():
+    for name in headlines(now, group):
         key = f"{group}/{name}"
-        if key in now:
-            progress = now.get(f"{key}_progress")
-            share = "–" if progress is None else f"{100 * progress:.0f} %"
-            if progress is not None and f"{key}_progress_low" in now:
-                share += f" [{100 * now[f'{key}_progress_low']:.0f}, {100 * now[f'{key}_progress_high']:.0f}]"
-            floor, restored = (with_interval(now, f"{key}_{kind}") for kind in ("floor", "autoencoder_floor"))
-            untouched = with_interval(base, f"eval/{name}")
-            rows.append((term.label, with_interval(now, key), untouched, floor, restored, share))
+        floor, restored = (with_interval(now, f"{key}{kind}") for kind in FLOORS)
+        untouched = with_interval(base, f"eval/{name}")
+        rows.append((label(name), with_interval(now, key), untouched, floor, restored, _share(now, f"{key}_progress")))
     return Table(
         "Brackets are 95 % intervals. Ceiling: the untouched base. Floor: photographs of training patients against "
         "those of held-out patients. Autoencoder's floor: held-out photographs passed through it. Progress: from the "
@@ -73,7 +67,7 @@ def headline_table(base: Figures, now: Figures, group: str) -> Table:
 def other_table(figures: Figures, group: str) -> Table:
     """Everything else that was measured, by class where it is."""
     names = [name for name in figures if name.startswith(f"{group}/") and not name.endswith(SUFFIXES)]
-    shown = [name for name in names if name.removeprefix(f"{group}/") not in HEADLINES]
+    shown = [name for name in names if name.removeprefix(f"{group}/") not in headlines(figures, group)]
     rows = tuple((name.removeprefix(f"{group}/"), with_interval(figures, name)) for name in shown)
     return Table("", ("metric", "value"), rows)
 
@@ -82,22 +76,31 @@ def epoch_axes(epochs: Mapping[int, Figures]) -> tuple[Axis, ...]:
     """Headlines and validation loss by epoch; live weights and their average."""
     axes = []
     last = epochs[max(epochs)]
-    for name, term in HEADLINES.items():
+    for name in LABELS:
         curves = [_curve(epochs, f"{group}/{name}", label) for group, label in (("eval", "live"), ("eval_ema", "EMA"))]
         if not curves[0].points:
             continue
         levels = [
-            Level(label, last[f"eval/{name}_{kind}"])
-            for kind, label in (("floor", "floor"), ("autoencoder_floor", "autoencoder's floor"))
-            if f"eval/{name}_{kind}" in last
+            Level(called, last[f"eval/{name}{kind}"])
+            for kind, called in zip(FLOORS, ("floor", "autoencoder's floor"), strict=True)
+            if f"eval/{name}{kind}" in last
         ]
-        axes.append(Axis(term.label, tuple(curve for curve in curves if curve.points), tuple(levels)))
+        axes.append(Axis(label(name), tuple(curve for curve in curves if curve.points), tuple(levels)))
     axes.append(Axis("validation loss", (_curve(epochs, "val/loss", "live"), _curve(epochs, "val_ema/loss", "EMA"))))
     accuracy = _curve(epochs, "eval/class_accuracy", "live")
     if accuracy.points:
         levels = [Level("reconstructed photographs", last["eval/class_accuracy_reconstructed"])]
         axes.append(Axis("class named right", (accuracy,), tuple(levels)))
     return tuple(axes)
+
+
+def _share(figures: Figures, name: str) -> str:
+    if name not in figures:
+        return "–"
+    share = f"{100 * figures[name]:.0f} %"
+    if f"{name}_low" not in figures:
+        return share
+    return f"{share} [{100 * figures[f'{name}_low']:.0f}, {100 * figures[f'{name}_high']:.0f}]"
 
 
 def _curve(epochs: Mapping[int, Figures], name: str, label: str) -> Curve:

@@ -44,7 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "verdict",
     ),
     ("tracking", "tracking_store"),
-    ("pipeline", "plan", "training_run"),
+    ("evaluation_run", "pipeline", "plan", "sightings", "training_run"),
     ("registry", "tuning"),
     ("entrypoints",),
 )

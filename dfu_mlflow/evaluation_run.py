@@ -1,0 +1,171 @@
+"""One evaluation: photographs -> panels -> pictures of the base and of the subject -> MLflow and report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dfu_mlflow.config.load import dump_yaml
+from dfu_mlflow.config.schema import RunConfig
+from dfu_mlflow.data import dataset_digest
+from dfu_mlflow.interrupt import StopRequest
+from dfu_mlflow.panels import build_panels
+from dfu_mlflow.preparation import Material, prepare, read_source
+from dfu_mlflow.report.evaluation import EvaluationStory, evaluation_report
+from dfu_mlflow.report.render import render
+from dfu_mlflow.runtime import provenance
+from dfu_mlflow.sightings import Observer, Sighting
+from dfu_mlflow.subject import Subject
+from dfu_mlflow.tracking import Tracker, track
+
+HEADLINES = ("fid", "fd", "kid")
+BASE_STEP, SUBJECT_STEP = 0, 1
+"""Steps in MLflow: as in training, 0 is the untouched base."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the subject comes from, for the links in MLflow.
+
+    Attributes:
+        source: as the user typed it.
+        run_id: the training run, if there is one.
+        model_id: its LoggedModel.
+        version: `NAME/VERSION`.
+    """
+
+    source: str
+    run_id: str | None = None
+    model_id: str | None = None
+    version: str | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """How an evaluation ended.
+
+    Attributes:
+        run_id: its MLflow run.
+        figures: the subject's, as MLflow shows them.
+        sentences: what the figures say, in words.
+        report: the HTML file.
+    """
+
+    run_id: str
+    figures: dict[str, float]
+    sentences: tuple[str, ...]
+    report: Path
+
+
+def run_evaluation(
+    config: RunConfig, origin: Origin, open_subject: Callable[[RunConfig, Material], Subject]
+) -> EvaluationResult:
+    """Measure a subject as thoroughly as weights at hand allow, beside the untouched base.
+
+    Args:
+        config: photographs, base, metrics.
+        origin: links for MLflow.
+        open_subject: opens what is evaluated, once photographs and base are known to be good.
+
+    Raises:
+        UserError: for input that cannot be worked with.
+        Interrupted: after Ctrl-C or SIGTERM.
+    """
+    with StopRequest() as stop:
+        material = prepare(config, read_source(config))
+        subject = open_subject(config, material)
+        observer = Observer(config, material, build_panels(config, material, thorough=True), stop.check)
+        with track(config) as tracker:
+            evaluation = Evaluation(config, observer, tracker, origin)
+            evaluation.describe(subject)
+            base = evaluation.show(BASE_STEP, observer.base())
+            return evaluation.conclude(subject, base, evaluation.show(SUBJECT_STEP, observer.subject(subject, base)))
+
+
+class Evaluation:
+    """What an evaluation writes to MLflow and into its report."""
+
+    def __init__(self, config: RunConfig, observer: Observer, tracker: Tracker, origin: Origin) -> None:
+        self.config = config
+        self.observer = observer
+        self.tracker = tracker
+        self.origin = origin
+
+    def describe(self, subject: Subject) -> None:
+        """Log what is evaluated, before anything is drawn."""
+        split = self.observer.material.source.split
+        identities = "; ".join(self.identities())
+        settings = {"source": self.origin.source, "evaluated": subject.name, "metric_identity": identities}
+        self.tracker.params(self.config, settings)
+        self.tracker.text("config.yaml", dump_yaml(self.config))
+        links = {
+            "evaluated.run_id": self.origin.run_id,
+            "evaluated.model_id": self.origin.model_id,
+            "evaluated.version": self.origin.version,
+        }
+        notes = {f"not_computed.{metric}": reason for metric, reason in self.observer.panels.notes.items()}
+        self.tracker.tags({key: value for key, value in links.items() if value} | notes | provenance())
+        counts = {label: sum(record.label == label for record in split.held_out) for label in split.classes}
+        self.tracker.dataset("photographs-evaluation", dataset_digest(split), "held-out", counts, "evaluation")
+
+    def identities(self) -> list[str]:
+        """Metric identities, one a panel."""
+        return [panel.reference.identity for panel in self.observer.panels.panels]
+
+    def show(self, step: int, sighting: Sighting) -> Sighting:
+        """Log one side's figures and pictures."""
+        self.tracker.epoch(step, sighting.figures)
+        for label, grid in sighting.grids.items():
+            self.tracker.image(f"samples/{label}", step, grid)
+        return sighting
+
+    def conclude(self, subject: Subject, base: Sighting, seen: Sighting) -> EvaluationResult:
+        """Compare with the base, link the figures to the model, write the report."""
+        sentences = self.sentences(base, seen)
+        if self.origin.model_id is not None:
+            self.tracker.link(self.origin.model_id, SUBJECT_STEP, seen.figures)
+        notes = {**self.observer.panels.notes}
+        for report in seen.reports:
+            notes |= report.notes
+        story = EvaluationStory(
+            name=subject.name,
+            run_id=self.tracker.run_id,
+            base=base.figures,
+            figures=seen.figures,
+            sentences=sentences,
+            grids={label: {"base": base.grids[label], "subject": grid} for label, grid in seen.grids.items()},
+            extra=(),
+            settings=self.settings(subject),
+            identities=self.identities(),
+            notes=notes,
+        )
+        html = render(evaluation_report(story))
+        self.tracker.text("report.html", html)
+        path = self.config.output_dir / self.tracker.run_id[:8] / "report.html"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(html, encoding="utf-8")
+        return EvaluationResult(self.tracker.run_id, seen.figures, sentences, path)
+
+    def sentences(self, base: Sighting, seen: Sighting) -> tuple[str, ...]:
+        """The subject against the untouched base on equal seeds, figure by figure."""
+        panels, class_ids = self.observer.panels.panels, seen.drawn.class_ids[seen.drawn.counted]
+        found: list[str] = []
+        paired = seen.seeded and base.seeded
+        for number, panel in enumerate(panels):
+            now, before = seen.features[number], base.features[number]
+            if paired and len(now) == len(before) >= panel.reference.size:
+                compared = panel.reference.compare(now, before, class_ids)
+                found += [
+                    f"Against the untouched base, {compared[name].sentence}." for name in HEADLINES if name in compared
+                ]
+        return tuple(found)
+
+    def settings(self, subject: Subject) -> dict[str, str]:
+        """What a person compares evaluations by."""
+        shown = {"source": self.origin.source, "weights": subject.shown, "base": self.config.base_model}
+        if subject.sampler is not None:
+            shown |= {key: str(value) for key, value in asdict(subject.sampler.settings).items()}
+            told = zip(subject.sampler.classes, subject.sampler.conditioner.prompts, strict=True)
+            shown |= {f"prompt {label}": text for label, text in told}
+        return shown

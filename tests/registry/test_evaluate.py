@@ -1,0 +1,138 @@
+"""`evaluate`: any source, the figures that training saw, links in MLflow, and a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+
+from dfu_mlflow.config import RunConfig
+from dfu_mlflow.config.load import dump_yaml, merge, validate
+from dfu_mlflow.errors import UserError
+from dfu_mlflow.pipeline import run_training
+from dfu_mlflow.training_run import TrainingResult
+from registry.evaluate import EvaluateOptions, evaluate
+from registry.publish import publish
+from registry.source import locate
+
+Trained = tuple[RunConfig, TrainingResult]
+
+
+@pytest.fixture(scope="module")
+def trained(
+    small_config_at: Callable[[Path], RunConfig], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Trained]:
+    """A registered LoRA run of a few steps; the working directory is its folder until the module ends."""
+    folder = tmp_path_factory.mktemp("trained")
+    change = {
+        "adapter": {"method": "lora"},
+        "train": {"epochs": 1, "learning_rate": 3e-2, "warmup_steps": 0},
+        "evaluation": {"samples": 36},
+        "data": {"validation_fraction": 0.4},
+    }
+    config = validate(RunConfig, merge(small_config_at(folder).model_dump(mode="json"), change))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+        yield config, run_training(config, publish=lambda result: publish(result, config))
+        mlflow.set_tracking_uri(None)
+
+
+def test_a_registered_version_has_the_figures_that_training_saw(trained: Trained) -> None:
+    config, trained_result = trained
+    result = evaluate(EvaluateOptions(source=f"models:/{config.registry.name}@challenger"), None, [])
+    group = "eval" if trained_result.shown == "live" else "eval_ema"
+    for name in ("fd", "kid", "fd_low", "kid_high", "fd_floor", "class_accuracy"):
+        assert result.figures[f"eval/{name}"] == pytest.approx(trained_result.figures[f"{group}/{name}"], rel=1e-6), (
+            name
+        )
+    assert {"eval/vendi", "eval/coverage", "eval/saturation", "val/loss"} <= result.figures.keys()
+
+    client = MlflowClient()
+    run = client.get_run(result.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["evaluated.run_id"] == trained_result.run_id
+    assert [point.step for point in client.get_metric_history(result.run_id, "eval/kid")] == [0, 1]
+    model = client.get_logged_model(run.data.tags["evaluated.model_id"])
+    linked = {metric.key: metric for metric in model.metrics}
+    assert linked["eval/kid"].value == result.figures["eval/kid"]
+    assert linked["eval/kid"].dataset_name == "photographs-evaluation"
+    html = Path(client.download_artifacts(result.run_id, "report.html")).read_text(encoding="utf-8")
+    assert html == result.report.read_text(encoding="utf-8")
+    assert "<td>fid</td>" in html
+
+
+def test_run_model_and_folder_are_the_same_source(trained: Trained) -> None:
+    config, result = trained
+    registered = locate(f"models:/{config.registry.name}/1")
+    assert locate(result.run_id).model_id == locate(f"models:/{registered.model_id}").model_id == registered.model_id
+    assert registered.version == f"{config.registry.name}/1"
+    for found in (registered, locate(str(result.folder))):
+        assert found.configuration is not None
+        assert validate(RunConfig, found.configuration) == config
+
+
+def test_guidance_that_is_typed_is_used(trained: Trained) -> None:
+    options = EvaluateOptions(source=str(trained[1].folder))
+    own = evaluate(options, None, [])
+    other = evaluate(options, None, ["--sampling.guidance_scale", "9"])
+    assert own.figures["eval/kid"] != other.figures["eval/kid"]
+    assert own.figures["val/loss"] == other.figures["val/loss"]
+
+
+def photographs_as_source(config: RunConfig, folder: Path, change: Callable[[np.ndarray], np.ndarray]) -> Path:
+    for path in Path(str(config.data.root)).glob("*/*.png"):
+        target = folder / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(change(np.asarray(Image.open(path).convert("RGB")))).save(target)
+    return folder
+
+
+def config_file(config: RunConfig, folder: Path) -> str:
+    path = folder / "config.yaml"
+    path.write_text(dump_yaml(config), encoding="utf-8")
+    return str(path)
+
+
+def test_a_folder_of_photographs_is_near_the_floor(trained: Trained, tmp_path: Path) -> None:
+    source = photographs_as_source(trained[0], tmp_path / "pictures", lambda pixels: pixels)
+    result = evaluate(EvaluateOptions(source=str(source)), config_file(trained[0], tmp_path), [])
+    assert result.figures["eval/kid"] < result.figures["eval/kid_floor_high"]
+    assert result.figures["eval/coverage"] > 0.9
+    assert "val/loss" not in result.figures
+    assert result.sentences == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda pixels: 255 - pixels, "look inverted"),
+        (lambda pixels: (pixels.astype(np.int32) * 2 % 256).astype(np.uint8), "wrapped"),
+        (lambda pixels: (pixels > 127).astype(np.uint8), "was not scaled"),
+    ],
+)
+def test_pictures_in_another_value_range_are_refused(
+    trained: Trained, tmp_path: Path, change: Callable[[np.ndarray], np.ndarray], said: str
+) -> None:
+    source = photographs_as_source(trained[0], tmp_path / "pictures", change)
+    with pytest.raises(UserError, match=said):
+        evaluate(EvaluateOptions(source=str(source)), config_file(trained[0], tmp_path), [])
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("models:/dfu-sampler@nobody", "cannot be had"),
+        ("models:/dfu-sampler/77", "cannot be had"),
+        ("f" * 32, "cannot be had"),
+        ("nowhere", "is no folder: give a checkpoint"),
+    ],
+)
+def test_sources_that_do_not_exist_are_named(trained: Trained, source: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        evaluate(EvaluateOptions(source=source), None, ["--data.root", str(trained[0].data.root)])
