@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dfu_mlflow.base.autoencoder import autoencode
 from dfu_mlflow.config.schema import RunConfig
-from dfu_mlflow.data import dataset_digest, evaluation_pixels
-from dfu_mlflow.data.views import plan_evaluation_view
+from dfu_mlflow.data import dataset_digest
 from dfu_mlflow.evaluator import Panel
 from dfu_mlflow.metrics.catalogue import METRICS, figure_names, metrics_of
 from dfu_mlflow.metrics.extractors.base import Extractor, NetworkExtractor
@@ -22,11 +20,9 @@ from dfu_mlflow.metrics.extractors.pixels import colour_statistics, pixel_values
 from dfu_mlflow.metrics.extractors.vision_transformers import clip, dinov2
 from dfu_mlflow.metrics.matching import FeatureRows
 from dfu_mlflow.metrics.reference import RealFeatures, Reference, ReferenceSettings
+from dfu_mlflow.photograph_features import PhotographFeatures
 from dfu_mlflow.preparation import Material
 from dfu_mlflow.types import Record
-
-BATCH_PIXELS = 64 * 64 * 64
-"""Pixels decoded at a time: 64 pictures of 64 px, one of 512 px and above."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ def _builders(config: RunConfig, device: torch.device) -> dict[str, Callable[[],
 def _panel(extractor: Extractor, settings: ReferenceSettings, config: RunConfig, material: Material) -> Panel:
     """Only what the metrics ask for is extracted: training photographs for floors, reconstructions for theirs."""
     split = material.source.split
-    features = _Features(extractor, config, material)
+    features = PhotographFeatures(extractor, config, material)
     metrics = [METRICS[name] for name in settings.metrics]
     restored = any(metric.paired_values for metric in metrics)
     training = any(metric.floor for metric in metrics) or settings.judge
@@ -111,33 +107,6 @@ def _panel(extractor: Extractor, settings: ReferenceSettings, config: RunConfig,
         reconstructed_training=features.reconstructions(split.train) if settings.judge else None,
     )
     return Panel(extractor, Reference(real, settings))
-
-
-class _Features:
-    """Cached features of photographs as they are and as the autoencoder gives them back."""
-
-    def __init__(self, extractor: Extractor, config: RunConfig, material: Material) -> None:
-        self.extractor = extractor
-        self.data = config.data
-        self.material = material
-
-    def photographs(self, records: Sequence[Record]) -> torch.Tensor:
-        """float64 [N, D]."""
-        return self._cached(records, f"features:{self.extractor.identity}", restore=False)
-
-    def reconstructions(self, records: Sequence[Record]) -> torch.Tensor:
-        """float64 [N, D]."""
-        namespace = f"features:{self.extractor.identity}:{self.material.encoder.identity}"
-        return self._cached(records, namespace, restore=True)
-
-    def _cached(self, records: Sequence[Record], namespace: str, restore: bool) -> torch.Tensor:
-        def compute(positions: list[int]) -> torch.Tensor:
-            pixels = evaluation_pixels([records[position] for position in positions], self.data)
-            return self.extractor(autoencode(self.material.pipe.vae, pixels) if restore else pixels)
-
-        keys = [plan_evaluation_view(record, self.data).key(record) for record in records]
-        batch = max(1, BATCH_PIXELS // self.data.resolution_px**2)
-        return self.material.cache.rows(namespace, keys, compute, batch)
 
 
 def _rows(records: Sequence[Record], classes: tuple[str, ...], features: torch.Tensor) -> FeatureRows:

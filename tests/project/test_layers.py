@@ -36,6 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "evaluator",
         "history",
         "panels",
+        "photograph_features",
         "preparation",
         "progress",
         "resume",
