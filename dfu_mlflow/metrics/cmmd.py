@@ -2,7 +2,7 @@
 
 The U-statistic is taken (Gretton et al. 2012, equation 3), not the authors' V-statistic, so that equal distributions
 give zero in the mean at every N. On unit vectors with bandwidth 10 the kernel is almost linear: the figure is nearly 10
-times the squared distance of the means, and nearly blind to mode collapse. Read it beside `coverage`.
+times the squared distance of the means, and nearly blind to lost spread. Read it beside `recall` and `coverage`.
 """
 
 from __future__ import annotations

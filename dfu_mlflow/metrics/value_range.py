@@ -59,7 +59,8 @@ class RangeSigns:
         if self.jumps > max(JUMP_FACTOR * self.usual_jumps, JUMP_FLOOR):
             return (
                 f"a line of pixels jumps {self.jumps:.1f} times by more than {JUMP:.0f} of 255, in photographs"
-                f" {self.usual_jumps:.2f} times: values look wrapped round (scaled to 255 twice, or -1 to 1 cast to bytes)"
+                f" {self.usual_jumps:.2f} times: values look wrapped round (scaled to 255 twice, or -1 to 1 cast to"
+                " bytes)"
             )
         if self.inverted_overlap > max(OVERLAP_FACTOR * self.overlap, OVERLAP_FLOOR):
             return (

