@@ -258,7 +258,15 @@ class MemorisationConfig(Section):
 
     enabled: bool = True
     neighbours: Annotated[int, Field(ge=2)] = 50
-    """Training photographs that the distance to the nearest one is compared with."""
+    """Training photographs whose mean distance the distance to the nearest one is compared with."""
+    threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.4
+    """Ratio of the two below which a picture counts as a copy; lowered where over `tail` of real photographs do."""
+    tail: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.002
+    """Share of real photographs that may look like copies of another patient's photograph."""
+    max_copy_excess: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Copies are found when the lower end of their excess is above this."""
+    max_membership_auc: Annotated[float, Field(ge=0.5, le=1.0)] = 0.6
+    """Lower end of the membership AUC above which the registry warns."""
     pairs: Annotated[int, Field(ge=0)] = 24
     """Closest pairs written side by side to a folder that only the user can read."""
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from dfu_mlflow.config.schema import UtilityConfig
 from dfu_mlflow.errors import UserError
@@ -60,7 +61,7 @@ def build_classifier(config: UtilityConfig, classes: int) -> Classifier:
             + (f"; it has {close} ..." if close else "")
         )
     network = timm.create_model(config.network, pretrained=False, num_classes=classes)
-    known = network.pretrained_cfg
+    known: dict[str, Any] = dict(cast(Any, network).pretrained_cfg)
     if config.pretrained:
         _load_pretrained(network, _weights_path(config, known), known)
     size = config.size_px or int(known["input_size"][-1])
