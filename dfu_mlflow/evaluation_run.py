@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dfu_mlflow.config.load import dump_yaml
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.data import dataset_digest
+from dfu_mlflow.evaluator import flatten
 from dfu_mlflow.interrupt import StopRequest
+from dfu_mlflow.memorisation import MemorisationProbe, membership
+from dfu_mlflow.metrics.extractors.files import Unavailable
+from dfu_mlflow.metrics.extractors.sscd import sscd
 from dfu_mlflow.panels import build_panels
+from dfu_mlflow.photograph_features import Features
 from dfu_mlflow.preparation import Material, prepare, read_source
+from dfu_mlflow.report.document import Section
 from dfu_mlflow.report.evaluation import EvaluationStory, evaluation_report
+from dfu_mlflow.report.findings import memorisation_section, utility_section
 from dfu_mlflow.report.render import render
 from dfu_mlflow.runtime import provenance
 from dfu_mlflow.sightings import Observer, Sighting
 from dfu_mlflow.subject import Subject
 from dfu_mlflow.tracking import Tracker, track
+from dfu_mlflow.types import Estimate
+from dfu_mlflow.utility import utility
 
 HEADLINES = ("fid", "fd", "kid")
 BASE_STEP, SUBJECT_STEP = 0, 1
@@ -80,7 +89,9 @@ def run_evaluation(
             evaluation = Evaluation(config, observer, tracker, origin)
             evaluation.describe(subject)
             base = evaluation.show(BASE_STEP, observer.base())
-            return evaluation.conclude(subject, base, evaluation.show(SUBJECT_STEP, observer.subject(subject, base)))
+            seen = evaluation.show(SUBJECT_STEP, observer.subject(subject, base))
+            evaluation.probe(subject, seen)
+            return evaluation.conclude(subject, base, seen)
 
 
 class Evaluation:
@@ -91,6 +102,9 @@ class Evaluation:
         self.observer = observer
         self.tracker = tracker
         self.origin = origin
+        self.folder = config.output_dir / tracker.run_id[:8]
+        self.figures: dict[str, float] = {}
+        self.sections: list[Section] = []
 
     def describe(self, subject: Subject) -> None:
         """Log what is evaluated, before anything is drawn."""
@@ -120,11 +134,43 @@ class Evaluation:
             self.tracker.image(f"samples/{label}", step, grid)
         return sighting
 
+    def probe(self, subject: Subject, seen: Sighting) -> None:
+        """What pictures alone do not show: copies of patients' photographs, and what a classifier gains."""
+        if self.config.memorisation.enabled:
+            self.memorisation(subject, seen)
+        if self.config.utility.enabled:
+            report = utility(self.config, self.observer.material, subject, self.observer.between_batches)
+            self.add(utility_section(report), "utility", report.values)
+
+    def memorisation(self, subject: Subject, seen: Sighting) -> None:
+        """Look for copies; the closest pairs go to a folder that only the user can read."""
+        config, material = self.config, self.observer.material
+        extractors: dict[str, Features] = {"efficientnet_lite0": self.observer.panels.panels[0].extractor}
+        known = sscd(config.metrics.sscd_weights, material.device)
+        if not isinstance(known, Unavailable):
+            extractors["sscd"] = known
+        told = None
+        if subject.sampler is not None and seen.losses is not None:
+            told = membership(config, material, subject.sampler, self.observer.between_batches)
+        probe = MemorisationProbe(config, material, extractors)
+        images = seen.drawn.images[seen.drawn.counted.numpy()]
+        report = probe.report(images, told)
+        probe.write_pairs(self.folder / "closest_pairs", report, images)
+        self.tracker.tags({"memorisation.found": {True: "yes", False: "no", None: "not known"}[report.found]})
+        self.add(memorisation_section(report), "memorisation", report.values)
+
+    def add(self, section: Section, group: str, values: Mapping[str, Estimate]) -> None:
+        """Log a group of figures and keep its section for the report."""
+        figures = {f"{group}/{name}": value for name, value in flatten(values).items()}
+        self.tracker.epoch(SUBJECT_STEP, figures)
+        self.figures |= figures
+        self.sections.append(section)
+
     def conclude(self, subject: Subject, base: Sighting, seen: Sighting) -> EvaluationResult:
         """Compare with the base, link the figures to the model, write the report."""
         sentences = self.sentences(base, seen)
         if self.origin.model_id is not None:
-            self.tracker.link(self.origin.model_id, SUBJECT_STEP, seen.figures)
+            self.tracker.link(self.origin.model_id, SUBJECT_STEP, seen.figures | self.figures)
         notes = {**self.observer.panels.notes}
         for report in seen.reports:
             notes |= report.notes
@@ -135,17 +181,17 @@ class Evaluation:
             figures=seen.figures,
             sentences=sentences,
             grids={label: {"base": base.grids[label], "subject": grid} for label, grid in seen.grids.items()},
-            extra=(),
+            extra=self.sections,
             settings=self.settings(subject),
             identities=self.identities(),
             notes=notes,
         )
         html = render(evaluation_report(story))
         self.tracker.text("report.html", html)
-        path = self.config.output_dir / self.tracker.run_id[:8] / "report.html"
+        path = self.folder / "report.html"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(html, encoding="utf-8")
-        return EvaluationResult(self.tracker.run_id, seen.figures, sentences, path)
+        return EvaluationResult(self.tracker.run_id, seen.figures | self.figures, sentences, path)
 
     def sentences(self, base: Sighting, seen: Sighting) -> tuple[str, ...]:
         """The subject against the untouched base on equal seeds, figure by figure."""

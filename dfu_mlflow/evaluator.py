@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from dfu_mlflow.config.schema import EvaluationConfig
+from dfu_mlflow.config.measures import EvaluationConfig
 from dfu_mlflow.metrics.extractors.base import Extractor
 from dfu_mlflow.metrics.reference import Reference
 from dfu_mlflow.objective import Objective
 from dfu_mlflow.preparation import Material
 from dfu_mlflow.runtime import derive_seed
 from dfu_mlflow.sampling import Sampler, Settings
-from dfu_mlflow.types import EvalReport
+from dfu_mlflow.types import Estimate, EvalReport
 from dfu_mlflow.validation import ValidationGrid, validation_figures, validation_losses
 
 
@@ -174,13 +174,18 @@ FIXED_NAMES = {"ssim_nearest_real": "ssim", "lpips_nearest_real": "lpips"}
 
 
 def flatten_reports(reports: Sequence[EvalReport]) -> dict[str, float]:
-    """Metric name -> value; interval ends get `_low` and `_high`; some values stand under a fixed name as well."""
+    """The figures of all reports by name, see `flatten`; some values stand under a fixed name as well."""
     figures: dict[str, float] = {}
     for report in reports:
-        for name, estimate in report.values.items():
-            figures[name] = estimate.value
-            if name in FIXED_NAMES:
-                figures[FIXED_NAMES[name]] = estimate.value
-            if estimate.low is not None and estimate.high is not None:
-                figures[f"{name}_low"], figures[f"{name}_high"] = estimate.low, estimate.high
+        figures |= flatten(report.values)
+    return figures | {fixed: figures[name] for name, fixed in FIXED_NAMES.items() if name in figures}
+
+
+def flatten(values: Mapping[str, Estimate]) -> dict[str, float]:
+    """Name -> value; interval ends get `_low` and `_high`."""
+    figures: dict[str, float] = {}
+    for name, estimate in values.items():
+        figures[name] = estimate.value
+        if estimate.low is not None and estimate.high is not None:
+            figures[f"{name}_low"], figures[f"{name}_high"] = estimate.low, estimate.high
     return figures

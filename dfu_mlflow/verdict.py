@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dfu_mlflow.config.schema import SuccessConfig
+from dfu_mlflow.config.measures import SuccessConfig
 
 LARGER_IS_BETTER = ("progress", "accuracy")
 

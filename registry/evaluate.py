@@ -8,7 +8,7 @@ from typing import Literal
 
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import load, merge, parse_flags, read_tree, validate
-from dfu_mlflow.config.schema import Section
+from dfu_mlflow.config.section import Section
 from dfu_mlflow.evaluation_run import EvaluationResult, Origin, run_evaluation
 from dfu_mlflow.metrics.extractors.catalogue import every_weights, fetch_weights, weights_lines
 from dfu_mlflow.metrics.extractors.files import Unavailable

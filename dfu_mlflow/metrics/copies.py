@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from scipy import stats
 
-from dfu_mlflow.config.schema import MemorisationConfig
+from dfu_mlflow.config.measures import MemorisationConfig
 from dfu_mlflow.metrics.intervals import proportion_estimate
 from dfu_mlflow.metrics.matching import FeatureRows
 from dfu_mlflow.metrics.nearest import Neighbours, nearest

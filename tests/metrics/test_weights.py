@@ -16,7 +16,7 @@ import torch
 import torchvision
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
 
-from dfu_mlflow.config.schema import MetricsConfig
+from dfu_mlflow.config.measures import MetricsConfig
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.metrics.extractors import sscd as sscd_module
 from dfu_mlflow.metrics.extractors.base import NetworkExtractor, resized

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dfu_mlflow.config.schema import MetricsConfig
+from dfu_mlflow.config.measures import MetricsConfig
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.metrics.extractors.files import Unavailable, Weights, fetch
 from dfu_mlflow.metrics.extractors.inception import inception_weights
