@@ -52,6 +52,7 @@ def test_a_registered_version_has_the_figures_that_training_saw(trained: Trained
             name
         )
     assert {"eval/vendi", "eval/coverage", "eval/saturation", "val/loss"} <= result.figures.keys()
+    assert {"memorisation/membership_auc", "memorisation/pixels/copy_excess"} <= result.figures.keys()
 
     client = MlflowClient()
     run = client.get_run(result.run_id)
@@ -65,6 +66,32 @@ def test_a_registered_version_has_the_figures_that_training_saw(trained: Trained
     html = Path(client.download_artifacts(result.run_id, "report.html")).read_text(encoding="utf-8")
     assert html == result.report.read_text(encoding="utf-8")
     assert "<td>fid</td>" in html
+
+
+def test_closest_pairs_stay_on_the_disk_and_private(trained: Trained) -> None:
+    result = evaluate(EvaluateOptions(source=str(trained[1].folder)), None, ["--memorisation.pairs", "3"])
+    pairs = result.report.parent / "closest_pairs"
+    assert sorted(path.name for path in pairs.iterdir()) == [
+        "pair_001.png",
+        "pair_002.png",
+        "pair_003.png",
+        "pairs.csv",
+    ]
+    assert {path.stat().st_mode & 0o777 for path in pairs.iterdir()} == {0o600}
+    logged = [file.path for file in MlflowClient().list_artifacts(result.run_id)]
+    assert sorted(logged) == ["config.yaml", "images", "report.html"]
+    assert "pair_001" not in result.report.read_text(encoding="utf-8")
+
+
+def test_utility_is_measured_when_asked_for(trained: Trained) -> None:
+    flags = ["--utility.enabled", "true", "--utility.steps", "4", "--utility.seeds", "2"]
+    result = evaluate(EvaluateOptions(source=str(trained[1].folder)), None, flags)
+    assert {"utility/tuned_gain/kappa_low", "utility/only_tuned/macro_f1", "utility/with_base/accuracy"} <= (
+        result.figures.keys()
+    )
+    html = result.report.read_text(encoding="utf-8")
+    assert "<h2>Utility</h2>" in html
+    assert "<h2>Memorisation</h2>" in html
 
 
 def test_run_model_and_folder_are_the_same_source(trained: Trained) -> None:
