@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from dfu_mlflow.errors import UserError
+from dfu_mlflow.evaluator import flatten_reports
+from dfu_mlflow.metrics.catalogue import figure_names, metrics_of
 from dfu_mlflow.metrics.comparison import progress
 from dfu_mlflow.metrics.frechet import frechet_distance
 from dfu_mlflow.metrics.matching import FeatureRows, matched_rows, patient_order, proportional_counts
@@ -152,6 +154,76 @@ def test_inception_reports_hold_the_frechet_distance_alone() -> None:
     base = reference.report(made.features + 3.0, made.class_ids)
     report = reference.report(made.features, made.class_ids, base)
     assert report.values.keys() == {"fid", "fid_floor", "fid_autoencoder_floor", "fid_progress"}
+
+
+def test_twelve_pictures_have_intervals_and_no_verdict() -> None:
+    reference = Reference(real_features(), settings())
+    made = rows(4, 2)
+    report = reference.report(made.features, made.class_ids)
+    assert report.values["kid"].low is not None
+    assert report.values["fd"].low is not None
+    assert report.notes["verdict"] == "12 pictures on each side are fewer than 30: intervals, but no verdict"
+    few = Reference(real_features(), settings(samples=12))
+    found = few.compare(made.features + 3.0, made.features, made.class_ids)
+    assert found["kid"].outcome == "no verdict"
+    assert found["kid"].difference.low is not None
+
+
+def test_every_metric_of_an_extractor_reports_under_its_own_names() -> None:
+    metrics = metrics_of("dinov2", thorough=True)
+    made = settings(metrics=metrics, names=figure_names("dinov2", metrics), judge=False)
+    generated = rows(20, 2)
+    reference = Reference(real_features(), made)
+    base = reference.report(generated.features + 3.0, generated.class_ids)
+    report = reference.report(generated.features, generated.class_ids, base)
+    assert all("_dinov2" in name for name in report.values)
+    assert {"fd_dinov2", "kid_dinov2_floor", "I/coverage_dinov2", "R/vendi_dinov2"} <= report.values.keys()
+    assert {"kid_dinov2_autoencoder_floor", "coverage_dinov2_progress"} <= report.values.keys()
+    assert all(report.values[name].low is not None for name in ("coverage_dinov2", "vendi_dinov2", "I/kid_dinov2"))
+
+
+def test_coverage_progresses_upwards() -> None:
+    reference = Reference(real_features(), settings(metrics=("neighbours",), judge=False))
+    generated = rows(20, 2)
+    base = reference.report(generated.features + 1.5, generated.class_ids)
+    report = reference.report(generated.features + 0.5, generated.class_ids, base)
+    floor, shares = report.values["coverage_floor"].value, [r.values["coverage"].value for r in (base, report)]
+    assert shares[0] < shares[1]
+    expected = (shares[1] - shares[0]) / (floor - shares[0])
+    assert report.values["coverage_progress"].value == pytest.approx(expected)
+
+
+def test_a_figure_that_is_not_defined_is_left_out_with_a_note() -> None:
+    """One patient alone: photographs of others do not exist."""
+    alone = rows(1, 0, views=30)
+    made = settings(metrics=("lpips",), judge=False)
+    generated = rows(10, 1)
+    report = Reference(RealFeatures(("I",), alone), made).report(generated.features, torch.zeros(30, dtype=torch.int64))
+    assert report.values.keys() == {"lpips_diversity", "lpips_nearest_real"}
+    assert "not defined" in report.notes["lpips_between_patients"]
+
+
+def test_comparison_of_two_checkpoints_in_words() -> None:
+    reference = Reference(real_features(), settings(metrics=("frechet", "kernel", "colour"), judge=False))
+    made = rows(20, 2)
+    further = reference.compare(made.features + 1.0, made.features, made.class_ids)
+    assert further["kid"].outcome == further["fd"].outcome == "worse"
+    nearer = reference.compare(made.features, made.features + 1.0, made.class_ids)
+    assert nearer["kid"].sentence.startswith("kid: better (difference -")
+    assert "saturation" not in nearer
+    assert "saturation_w1" in nearer
+    nothing = reference.compare(made.features, made.features.roll(3, 0), made.class_ids)
+    assert nothing["kid"].outcome == "cannot be told apart"
+
+
+def test_fixed_names_stand_beside_those_that_say_what_they_are() -> None:
+    report = EvalReport({"ssim_nearest_real": Estimate(0.4, 0.3, 0.5)}, "", "live")
+    assert flatten_reports([report]) == {
+        "ssim_nearest_real": 0.4,
+        "ssim": 0.4,
+        "ssim_nearest_real_low": 0.3,
+        "ssim_nearest_real_high": 0.5,
+    }
 
 
 def test_difference_on_the_same_seeds() -> None:
