@@ -102,8 +102,8 @@ class UtilityConfig(Section):
     """Does a classifier gain from the synthetic images? Costs (2 + 2 sets of images) x `seeds` trainings."""
 
     enabled: bool = False
-    seeds: Positive = 3
-    """Classifiers trained in each arm."""
+    seeds: Positive = 5
+    """Classifiers trained in each arm; intervals from fewer than 4 are wide (Student's with few degrees of freedom)."""
     folds: Positive = 1
     """Divisions of the patients; each needs a generator of its own, so only `study` can use more than one."""
     ratio: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
@@ -116,7 +116,7 @@ class UtilityConfig(Section):
     """Pretrained weights of a timm model, safetensors or a state dict."""
     size_px: Annotated[int, Field(ge=16, le=1024)] | None = None
     """Side the classifier sees; None is the pictures' own for `small_cnn`, else the timm model's own."""
-    steps: Positive = 300
+    steps: Positive = 200
     """Optimizer steps, the same in every arm."""
     batch_size: Annotated[int, Field(ge=2)] = 32
     learning_rate: Annotated[float, Field(gt=0.0)] = 3e-3
