@@ -105,6 +105,7 @@ class Evaluation:
         self.folder = config.output_dir / tracker.run_id[:8]
         self.figures: dict[str, float] = {}
         self.sections: list[Section] = []
+        self.notes = dict(observer.panels.notes)
 
     def describe(self, subject: Subject) -> None:
         """Log what is evaluated, before anything is drawn."""
@@ -118,8 +119,7 @@ class Evaluation:
             "evaluated.model_id": self.origin.model_id,
             "evaluated.version": self.origin.version,
         }
-        notes = {f"not_computed.{metric}": reason for metric, reason in self.observer.panels.notes.items()}
-        self.tracker.tags({key: value for key, value in links.items() if value} | notes | provenance())
+        self.tracker.tags({key: value for key, value in links.items() if value} | provenance())
         counts = {label: sum(record.label == label for record in split.held_out) for label in split.classes}
         self.tracker.dataset("photographs-evaluation", dataset_digest(split), "held-out", counts, "evaluation")
 
@@ -136,7 +136,11 @@ class Evaluation:
 
     def probe(self, subject: Subject, seen: Sighting) -> None:
         """What pictures alone do not show: copies of patients' photographs, and what a classifier gains."""
-        if self.config.memorisation.enabled:
+        photographs, needed = len(self.observer.material.source.split.train), self.config.memorisation.neighbours
+        if self.config.memorisation.enabled and photographs < needed:
+            few = f"{photographs} training photographs are fewer than --memorisation.neighbours {needed}"
+            self.notes["memorisation"] = few
+        elif self.config.memorisation.enabled:
             self.memorisation(subject, seen)
         if self.config.utility.enabled:
             report = utility(self.config, self.observer.material, subject, self.observer.between_batches)
@@ -171,9 +175,9 @@ class Evaluation:
         sentences = self.sentences(base, seen)
         if self.origin.model_id is not None:
             self.tracker.link(self.origin.model_id, SUBJECT_STEP, seen.figures | self.figures)
-        notes = {**self.observer.panels.notes}
         for report in seen.reports:
-            notes |= report.notes
+            self.notes |= report.notes
+        self.tracker.tags({f"not_computed.{metric}": reason for metric, reason in self.notes.items()})
         story = EvaluationStory(
             name=subject.name,
             run_id=self.tracker.run_id,
@@ -184,7 +188,7 @@ class Evaluation:
             extra=self.sections,
             settings=self.settings(subject),
             identities=self.identities(),
-            notes=notes,
+            notes=self.notes,
         )
         html = render(evaluation_report(story))
         self.tracker.text("report.html", html)

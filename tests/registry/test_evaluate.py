@@ -34,6 +34,7 @@ def trained(
         "train": {"epochs": 1, "learning_rate": 3e-2, "warmup_steps": 0},
         "evaluation": {"samples": 36},
         "data": {"validation_fraction": 0.4},
+        "memorisation": {"neighbours": 20},
     }
     config = validate(RunConfig, merge(small_config_at(folder).model_dump(mode="json"), change))
     with pytest.MonkeyPatch.context() as patch:
@@ -81,6 +82,13 @@ def test_closest_pairs_stay_on_the_disk_and_private(trained: Trained) -> None:
     logged = [file.path for file in MlflowClient().list_artifacts(result.run_id)]
     assert sorted(logged) == ["config.yaml", "images", "report.html"]
     assert "pair_001" not in result.report.read_text(encoding="utf-8")
+
+
+def test_too_few_photographs_for_a_question_are_said_not_asked(trained: Trained) -> None:
+    result = evaluate(EvaluateOptions(source=str(trained[1].folder)), None, ["--memorisation.neighbours", "500"])
+    assert not any(name.startswith("memorisation/") for name in result.figures)
+    said = MlflowClient().get_run(result.run_id).data.tags["not_computed.memorisation"]
+    assert said == "42 training photographs are fewer than --memorisation.neighbours 500"
 
 
 def test_utility_is_measured_when_asked_for(trained: Trained) -> None:
