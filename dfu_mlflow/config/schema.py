@@ -109,8 +109,8 @@ class AdapterConfig(Section):
 class TrainConfig(Section):
     """The optimisation."""
 
-    epochs: Annotated[int, Field(ge=0)] = 3
-    steps_per_epoch: Positive | None = 240
+    epochs: Annotated[int, Field(ge=0)] = 2
+    steps_per_epoch: Positive | None = 330
     """Optimizer steps an epoch; None is one pass over the training views."""
     batch_size: Positive = 16
     """Samples a forward pass, on each rank."""
