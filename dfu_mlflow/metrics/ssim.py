@@ -22,7 +22,7 @@ def ssim(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     scikit-image's defaults: 7 x 7 uniform window, sample covariance, mean over the channels. 0.8 ms a pair at 64 px.
     """
     pairs = zip(first.numpy(), second.numpy(), strict=True)
-    found = [structural_similarity(one, other, data_range=255, channel_axis=0) for one, other in pairs]  # type: ignore[no-untyped-call]
+    found = [structural_similarity(one, other, data_range=255, channel_axis=0) for one, other in pairs]
     return torch.tensor(found, dtype=torch.float64)
 
 
