@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dfu_mlflow import entry
 from dfu_mlflow.config import load
-from dfu_mlflow.config.schema import Section
+from dfu_mlflow.config.section import Section
 
 ROOT = Path(__file__).resolve().parent.parent
 

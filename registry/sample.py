@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 from pydantic import Field
 from tqdm import tqdm
 
-from dfu_mlflow.config.schema import Positive, Section
+from dfu_mlflow.config.section import Positive, Section
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.runtime import derive_seed
 

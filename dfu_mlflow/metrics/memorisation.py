@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dfu_mlflow.config.schema import MemorisationConfig
+from dfu_mlflow.config.judgement import MemorisationConfig
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.metrics.copies import CopyReference, TrainingAppearances, similar_share
 from dfu_mlflow.metrics.matched_share import matched_training_excess

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from scipy import stats
 from sklearn.metrics import accuracy_score, cohen_kappa_score, f1_score, recall_score
 
-from dfu_mlflow.config.schema import UtilityConfig
+from dfu_mlflow.config.judgement import UtilityConfig
 from dfu_mlflow.data.phantom import PHASES, render
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.metrics.utility.arms import Pictures, training_arms

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from dfu_mlflow.config.schema import UtilityConfig
+from dfu_mlflow.config.judgement import UtilityConfig
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.metrics.extractors.base import check_images
 from dfu_mlflow.metrics.utility.arms import Pictures, training_arms

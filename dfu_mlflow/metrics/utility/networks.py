@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.utils.hub import cached_file
 
-from dfu_mlflow.config.schema import UtilityConfig
+from dfu_mlflow.config.judgement import UtilityConfig
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.metrics.extractors.base import resized
 from dfu_mlflow.metrics.utility.small_cnn import SmallCnn

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from dfu_mlflow import runtime
-from dfu_mlflow.config.schema import UtilityConfig
+from dfu_mlflow.config.judgement import UtilityConfig
 from dfu_mlflow.metrics.utility.networks import Classifier, build_classifier
 
 WEIGHT_DECAY = 0.01
