@@ -21,7 +21,7 @@ from dfu_mlflow.photograph_features import Features, PhotographFeatures
 from dfu_mlflow.preparation import Material
 from dfu_mlflow.sampling import Sampler
 from dfu_mlflow.types import Estimate, Record
-from dfu_mlflow.validation import ValidationGrid, validation_losses
+from dfu_mlflow.validation import ValidationGrid, grid_rows, validation_losses
 
 
 class CoarsePixels:
@@ -94,7 +94,12 @@ def membership(
     """AUC of telling training from held-out photographs by how much the subject's loss fell below the base's."""
     split = material.source.split
     sides = [
-        _member_losses(_evenly(records, config.memorisation.membership_images), config, material, sampler)
+        _member_losses(
+            [records[row] for row in grid_rows(len(records), config.memorisation.membership_images).tolist()],
+            config,
+            material,
+            sampler,
+        )
         for records in (split.train, split.held_out)
     ]
     between_batches()
@@ -112,12 +117,6 @@ def _member_losses(records: Sequence[Record], config: RunConfig, material: Mater
         for pipe, conditioner in ((sampler.pipe, sampler.conditioner), (material.pipe, material.conditioner))
     )
     return MemberLosses(now, base, tuple(record.patient for record in records))
-
-
-def _evenly(records: Sequence[Record], count: int) -> list[Record]:
-    """Up to `count` records, evenly over the set (they stand in path order, which is by class)."""
-    rows = torch.linspace(0, len(records) - 1, min(count, len(records))).round().long().tolist()
-    return [records[row] for row in rows]
 
 
 def _rows(records: Sequence[Record], classes: tuple[str, ...], features: torch.Tensor) -> FeatureRows:

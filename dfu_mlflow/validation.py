@@ -37,9 +37,8 @@ class ValidationGrid:
 
     @classmethod
     def build(cls, held_out: Latents, scaling_factor: float, images: int, timesteps: int, seed: int) -> ValidationGrid:
-        """Take up to `images` rows, evenly over the set (its rows stand sorted by class)."""
-        count = min(images, len(held_out))
-        rows = torch.linspace(0, len(held_out) - 1, count).round().long()
+        """Take up to `images` rows, see `grid_rows`."""
+        rows = grid_rows(len(held_out), images)
         mean = held_out.moments[rows].float().chunk(2, dim=1)[0]
         spread = timesteps // BINS * BINS
         steps = ((torch.arange(spread) + 0.5) * TIMESTEPS / spread).long()
@@ -53,6 +52,11 @@ class ValidationGrid:
             for row in range(len(self.latents))
         ]
         return torch.stack(rows)
+
+
+def grid_rows(rows: int, images: int) -> torch.Tensor:
+    """Which of `rows` photographs a grid of up to `images` holds: evenly over the set, which is sorted by class."""
+    return torch.linspace(0, rows - 1, min(images, rows)).round().long()
 
 
 @torch.no_grad()

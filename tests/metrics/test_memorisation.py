@@ -33,7 +33,8 @@ from dfu_mlflow.metrics.matching import FeatureRows
 from dfu_mlflow.metrics.membership import MemberLosses, membership_auc
 from dfu_mlflow.metrics.memorisation import MemorisationReference, MemorisationReport, Suspect
 from dfu_mlflow.metrics.neighbours import nearest
-from dfu_mlflow.types import Estimate
+from dfu_mlflow.types import Estimate, Latents
+from dfu_mlflow.validation import ValidationGrid, grid_rows
 
 WIDTH = 12
 CONFIG = MemorisationConfig(neighbours=20)
@@ -283,6 +284,15 @@ def test_auc_at_its_ends_and_bad_losses() -> None:
         membership_auc(gains(values, ("a",)), gains(values, names))
     with pytest.raises(UserError, match="not finite"):
         membership_auc(gains(values * torch.nan, names), gains(values, names))
+
+
+def test_a_grid_says_whose_losses_it_holds() -> None:
+    """Training photographs take the place of held-out ones in a grid; their patients are found by `grid_rows`."""
+    moments = torch.arange(10.0).reshape(10, 1, 1, 1).expand(10, 2, 4, 4)
+    latents = Latents(moments, torch.zeros(10).long(), torch.zeros(10, 6), tuple(map(str, range(10))), ("a",))
+    grid = ValidationGrid.build(latents, 1.0, 4, 8, 0)
+    assert grid_rows(10, 4).tolist() == grid.latents[:, 0, 0, 0].long().tolist() == [0, 3, 6, 9]
+    assert grid_rows(3, 64).tolist() == [0, 1, 2]
 
 
 @cache

@@ -65,7 +65,8 @@ def utility_report(named: Named) -> UtilityReport:
 
     The variance is that of leaving out one patient at a time (jackknife of the mean over seeds) plus the variance
     between seeds over their number; the interval is Student's with Welch's degrees of freedom. Both sides of a
-    difference share patients and seeds. Measured in 300 simulated experiments of 40 patients: covers in 94 to 98 %.
+    difference share patients and seeds. What seeds and patients share is counted twice: in 300 simulated experiments of
+    40 patients each with 2, 3 and 5 seeds intervals cover in 97 to 98 %, and are 0.43, 0.24 and 0.16 wide.
     """
     groups, count = _patient_groups(named.patients)
     confusions = {
