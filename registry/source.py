@@ -75,7 +75,7 @@ def resolve_version(uri: str) -> str:
         MlflowException: when it is not registered.
     """
     if not uri.startswith("models:/"):
-        raise UserError(f"{uri} names no registered model: give models:/NAME@ALIAS or models:/NAME/VERSION")
+        raise UserError(f"--model {uri}: give models:/NAME@ALIAS or models:/NAME/VERSION")
     name, _, alias = uri.removeprefix("models:/").partition("@")
     return f"{name}/{MlflowClient().get_model_version_by_alias(name, alias).version}" if alias else name
 

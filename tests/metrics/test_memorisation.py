@@ -32,7 +32,7 @@ from dfu_mlflow.metrics.matched_share import matched_training_excess
 from dfu_mlflow.metrics.matching import FeatureRows
 from dfu_mlflow.metrics.membership import MemberLosses, membership_auc
 from dfu_mlflow.metrics.memorisation import MemorisationReference, MemorisationReport, Suspect
-from dfu_mlflow.metrics.neighbours import nearest
+from dfu_mlflow.metrics.nearest import nearest
 from dfu_mlflow.types import Estimate, Latents
 from dfu_mlflow.validation import ValidationGrid, grid_rows
 
