@@ -9,6 +9,7 @@ from pathlib import Path
 from dfu_mlflow.config.load import dump_yaml
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.data import dataset_digest
+from dfu_mlflow.errors import UserError
 from dfu_mlflow.evaluator import flatten
 from dfu_mlflow.interrupt import StopRequest
 from dfu_mlflow.memorisation import MemorisationProbe, membership
@@ -22,7 +23,7 @@ from dfu_mlflow.report.evaluation import EvaluationStory, evaluation_report
 from dfu_mlflow.report.findings import memorisation_section, utility_section
 from dfu_mlflow.report.render import render
 from dfu_mlflow.runtime import provenance
-from dfu_mlflow.sightings import Observer, Sighting
+from dfu_mlflow.sightings import Observer, Sighting, check_subject
 from dfu_mlflow.subject import Subject
 from dfu_mlflow.tracking import Tracker, track
 from dfu_mlflow.types import Estimate
@@ -42,12 +43,14 @@ class Origin:
         run_id: the training run, if there is one.
         model_id: its LoggedModel.
         version: `NAME/VERSION`.
+        data_digest: of the photographs and the split it was trained on, or the start of it; None where nothing tells.
     """
 
     source: str
     run_id: str | None = None
     model_id: str | None = None
     version: str | None = None
+    data_digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,10 @@ def run_evaluation(
     """
     with StopRequest() as stop:
         material = prepare(config, read_source(config))
+        material.pipe.to(material.device)
         subject = open_subject(config, material)
+        config = fitting(config, subject)
+        check_subject(config, material, subject)
         observer = Observer(config, material, build_panels(config, material, thorough=True), stop.check)
         with track(config) as tracker:
             evaluation = Evaluation(config, observer, tracker, origin)
@@ -92,6 +98,14 @@ def run_evaluation(
             seen = evaluation.show(SUBJECT_STEP, observer.subject(subject, base))
             evaluation.probe(subject, seen)
             return evaluation.conclude(subject, base, seen)
+
+
+def fitting(config: RunConfig, subject: Subject) -> RunConfig:
+    """No more pictures are compared than a folder holds, on the base's side too: distances depend on their number."""
+    if subject.pictures is None or len(subject.pictures.images) >= config.evaluation.samples:
+        return config
+    evaluation = config.evaluation.model_copy(update={"samples": len(subject.pictures.images)})
+    return config.model_copy(update={"evaluation": evaluation})
 
 
 class Evaluation:
@@ -128,11 +142,16 @@ class Evaluation:
         return [panel.reference.identity for panel in self.observer.panels.panels]
 
     def show(self, step: int, sighting: Sighting) -> Sighting:
-        """Log one side's figures and pictures."""
+        """Log one side's figures and pictures; pictures from a folder may be photographs and are logged on demand."""
         self.tracker.epoch(step, sighting.figures)
-        for label, grid in sighting.grids.items():
-            self.tracker.image(f"samples/{label}", step, grid)
+        if self.may_show(sighting):
+            for label, grid in sighting.grids.items():
+                self.tracker.image(f"samples/{label}", step, grid)
         return sighting
+
+    def may_show(self, sighting: Sighting) -> bool:
+        """Drawn by a sampler, or asked for by name."""
+        return sighting.seeded or self.config.tracking.log_real_images
 
     def probe(self, subject: Subject, seen: Sighting) -> None:
         """What pictures alone do not show: copies of patients' photographs, and what a classifier gains."""
@@ -143,8 +162,11 @@ class Evaluation:
         elif self.config.memorisation.enabled:
             self.memorisation(subject, seen)
         if self.config.utility.enabled:
-            report = utility(self.config, self.observer.material, subject, self.observer.between_batches)
-            self.add(utility_section(report), "utility", report.values)
+            try:
+                report = utility(self.config, self.observer.material, subject, self.observer.between_batches)
+                self.add(utility_section(report), "utility", report.values)
+            except UserError as error:  # hours of figures are not thrown away for it
+                self.notes["utility"] = str(error)
 
     def memorisation(self, subject: Subject, seen: Sighting) -> None:
         """Look for copies; the closest pairs go to a folder that only the user can read."""
@@ -160,8 +182,10 @@ class Evaluation:
         images = seen.drawn.images[seen.drawn.counted.numpy()]
         report = probe.report(images, told)
         probe.write_pairs(self.folder / "closest_pairs", report, images)
-        self.tracker.tags({"memorisation.found": {True: "yes", False: "no", None: "not known"}[report.found]})
-        self.add(memorisation_section(report), "memorisation", report.values)
+        below = sum(suspect.below for suspect in report.suspects)
+        found = {True: "yes", False: "unclear" if below else "no", None: "not known"}[report.found]
+        self.tracker.tags({"memorisation.found": found, "memorisation.below_threshold": below})
+        self.add(memorisation_section(report, config.memorisation.pairs), "memorisation", report.values)
 
     def add(self, section: Section, group: str, values: Mapping[str, Estimate]) -> None:
         """Log a group of figures and keep its section for the report."""
@@ -172,7 +196,7 @@ class Evaluation:
 
     def conclude(self, subject: Subject, base: Sighting, seen: Sighting) -> EvaluationResult:
         """Compare with the base, link the figures to the model, write the report."""
-        sentences = self.sentences(base, seen)
+        sentences = (*self.split_sentence(), *self.sentences(base, seen))
         if self.origin.model_id is not None:
             self.tracker.link(self.origin.model_id, SUBJECT_STEP, seen.figures | self.figures)
         for report in seen.reports:
@@ -184,7 +208,11 @@ class Evaluation:
             base=base.figures,
             figures=seen.figures,
             sentences=sentences,
-            grids={label: {"base": base.grids[label], "subject": grid} for label, grid in seen.grids.items()},
+            grids={
+                label: {"base": grid, "subject": seen.grids[label]} if self.may_show(seen) else {"base": grid}
+                for label, grid in base.grids.items()
+            },
+            seeded=seen.seeded,
             extra=self.sections,
             settings=self.settings(subject),
             identities=self.identities(),
@@ -196,6 +224,17 @@ class Evaluation:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(html, encoding="utf-8")
         return EvaluationResult(self.tracker.run_id, seen.figures | self.figures, sentences, path)
+
+    def split_sentence(self) -> tuple[str, ...]:
+        """Said first where held-out photographs may be ones that the subject was trained on."""
+        digest = dataset_digest(self.observer.material.source.split)
+        known = self.origin.data_digest
+        if known is None or digest.startswith(known):
+            return ()
+        return (
+            "These are not the photographs and the split that the model was trained on: what is held out here may have "
+            "been trained on, and floors, memorisation and utility then flatter it.",
+        )
 
     def sentences(self, base: Sighting, seen: Sighting) -> tuple[str, ...]:
         """The subject against the untouched base on equal seeds, figure by figure."""

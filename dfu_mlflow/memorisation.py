@@ -99,20 +99,26 @@ def membership(
             config,
             material,
             sampler,
+            between_batches,
         )
         for records in (split.train, split.held_out)
     ]
-    between_batches()
     return membership_auc(*sides)
 
 
-def _member_losses(records: Sequence[Record], config: RunConfig, material: Material, sampler: Sampler) -> MemberLosses:
+def _member_losses(
+    records: Sequence[Record],
+    config: RunConfig,
+    material: Material,
+    sampler: Sampler,
+    between_batches: Callable[[], None],
+) -> MemberLosses:
     latents = encode_evaluation_latents(records, config.data, material.cache, material.encoder)
     evaluation, factor = config.evaluation, float(material.pipe.vae.config.scaling_factor)
     grid = ValidationGrid.build(latents, factor, len(records), evaluation.validation_timesteps, evaluation.seed)
     now, base = (
         validation_losses(
-            pipe.unet, Objective(dict(pipe.scheduler.config), config.loss, None), conditioner, grid, lambda: None
+            pipe.unet, Objective(dict(pipe.scheduler.config), config.loss, None), conditioner, grid, between_batches
         )
         for pipe, conditioner in ((sampler.pipe, sampler.conditioner), (material.pipe, material.conditioner))
     )

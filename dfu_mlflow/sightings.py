@@ -49,6 +49,26 @@ class Sighting:
     seeded: bool
 
 
+def check_subject(config: RunConfig, material: Material, subject: Subject) -> None:
+    """What can be known to be wrong before anything is drawn.
+
+    Raises:
+        UserError: for a sampler of other classes than the photographs', or pictures whose values are wrapped, inverted
+            or not scaled.
+    """
+    classes = material.conditioner.classes
+    if subject.sampler is not None and subject.sampler.classes != classes:
+        raise UserError(
+            f"the sampler draws classes {', '.join(subject.sampler.classes)}, the photographs show "
+            f"{', '.join(classes)}: give the photographs it was trained for"
+        )
+    if subject.pictures is not None and config.metrics.check_value_range:
+        images = torch.from_numpy(subject.pictures.images)
+        signs = value_signs(int(images.shape[1]), material.device)
+        photographs = evaluation_pixels(material.source.split.held_out, config.data)
+        require_photographic(signs(images), signs(photographs), "the pictures of --source")
+
+
 class Observer:
     """Measures base and subject by the same panels.
 
@@ -83,16 +103,7 @@ class Observer:
         return self.of_pictures(subject.pictures, base)
 
     def of_sampler(self, sampler: Sampler, shown: str, base: Sighting | None) -> Sighting:
-        """Draw with a sampler and measure it by its own prompts, settings and UNet.
-
-        Raises:
-            UserError: for a sampler of other classes than the photographs'.
-        """
-        if sampler.classes != self.classes:
-            raise UserError(
-                f"the sampler draws classes {', '.join(sampler.classes)}, the photographs show "
-                f"{', '.join(self.classes)}: give the photographs it was trained for"
-            )
+        """Draw with a sampler and measure it by its own prompts, settings and UNet."""
         evaluator = self._evaluator(sampler)
         losses = evaluator.losses() if self._shares_autoencoder(sampler) else None
         drawn = evaluator.draw(sampler.batch_size)
@@ -104,16 +115,8 @@ class Observer:
         return sighting
 
     def of_pictures(self, pictures: Pictures, base: Sighting) -> Sighting:
-        """Measure pictures that somebody else drew.
-
-        Raises:
-            UserError: when their values are wrapped, inverted or not scaled.
-        """
+        """Measure pictures that somebody else drew."""
         images = torch.from_numpy(pictures.images)
-        if self.config.metrics.check_value_range:
-            signs = value_signs(int(images.shape[1]), self.material.device)
-            photographs = evaluation_pixels(self.material.source.split.held_out, self.config.data)
-            require_photographic(signs(images), signs(photographs), "the pictures of --source")
         drawn = Drawn(pictures.images, pictures.class_ids, torch.ones(len(images), dtype=torch.bool))
         return self._measured(drawn, FILES, base, None)
 

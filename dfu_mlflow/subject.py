@@ -61,12 +61,21 @@ class Subject:
 
 def local_configuration(source: Path) -> dict[str, Any] | None:
     """The configuration that a checkpoint or a training run's folder was made with, None for what knows none."""
+    state = _state(source)
+    return None if state is None else dict(state["config"])
+
+
+def local_data_digest(source: Path) -> str | None:
+    """Digest of the photographs and the split that a checkpoint or a run's folder was trained on, None as above."""
+    state = _state(source)
+    return None if state is None else str(state["data"])
+
+
+def _state(source: Path) -> dict[str, Any] | None:
     if (source / CHECKPOINTS).is_dir():
         complete = CheckpointStore(source / CHECKPOINTS, keep_last=1).complete()
-        return local_configuration(complete[-1]) if complete else None
-    if (source / STATE).is_file():
-        return dict(read_document(source / STATE, "checkpoint")["config"])
-    return None
+        return _state(complete[-1]) if complete else None
+    return read_document(source / STATE, "checkpoint") if (source / STATE).is_file() else None
 
 
 def open_subject(source: Path, config: RunConfig, material: Material, weights: Weights = "best") -> Subject:
@@ -152,8 +161,8 @@ def with_settings(subject: Subject, change: Mapping[str, Any]) -> Subject:
         return subject
     known = {key: value for key, value in change.items() if key in Settings.__dataclass_fields__}
     sampler = subject.sampler
-    settings = replace(sampler.settings, **known)
-    return replace(subject, sampler=Sampler(sampler.pipe, sampler.conditioner, settings, sampler.batch_size))
+    settings, batch_size = replace(sampler.settings, **known), int(change.get("batch_size", sampler.batch_size))
+    return replace(subject, sampler=Sampler(sampler.pipe, sampler.conditioner, settings, batch_size))
 
 
 def _open_run(folder: Path, config: RunConfig, material: Material, weights: Weights) -> Subject:

@@ -122,7 +122,7 @@ class Tracker:
 
     def tags(self, values: Mapping[str, Any]) -> None:
         """Set tags, cut to MLflow's 8,000 characters; a tag that is set is overwritten."""
-        tags = [RunTag(key, _text(value, TAG_CHARACTERS)) for key, value in values.items()]
+        tags = [RunTag(_metric_name(key), _text(value, TAG_CHARACTERS)) for key, value in values.items()]
         for start in range(0, len(tags), BATCH_ITEMS):
             self._client.log_batch(self.run_id, tags=tags[start : start + BATCH_ITEMS])
 

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from dfu_mlflow.config.measures import SuccessConfig
+from dfu_mlflow.metrics.catalogue import METRICS, SUFFIXES
 
 LARGER_IS_BETTER = ("progress", "accuracy")
+"""Ends of names; figures of the catalogue say it themselves."""
+
+
+def larger_is_better(metric: str) -> bool:
+    """Which way a figure is better; its name may have a class and an extractor: `I/coverage`, `recall_dinov2`."""
+    name = metric.rpartition("/")[2]
+    for suffix in SUFFIXES.values():
+        name = name.removesuffix(suffix)
+    ways = {figure: way for one in METRICS.values() for figure, way in one.figures.items()}
+    return metric.endswith(LARGER_IS_BETTER) or ways.get(name) == "larger"
 
 
 def score(figures: dict[str, float], metric: str) -> float | None:
     """A metric as a score, smaller is better; None where it was not computed."""
     if metric not in figures:
         return None
-    return -figures[metric] if metric.endswith(LARGER_IS_BETTER) else figures[metric]
+    return -figures[metric] if larger_is_better(metric) else figures[metric]
 
 
 def success_verdict(success: SuccessConfig | None, series: dict[int, float], trained_epochs: int) -> str:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 from dfu_mlflow.config import RunConfig
-from dfu_mlflow.config.load import load, merge, parse_flags, read_tree, validate
+from dfu_mlflow.config.load import Tree, merge, parse_flags, read_tree, validate
 from dfu_mlflow.config.section import Section
+from dfu_mlflow.errors import UserError
 from dfu_mlflow.evaluation_run import EvaluationResult, Origin, run_evaluation
 from dfu_mlflow.metrics.extractors.catalogue import every_weights, fetch_weights, weights_lines
 from dfu_mlflow.metrics.extractors.files import Unavailable
 from dfu_mlflow.preparation import Material
+from dfu_mlflow.sampling import BUNDLE
 from dfu_mlflow.subject import Subject, open_subject, with_settings
 from registry.source import Located, locate
 
@@ -39,26 +41,47 @@ def evaluate(options: EvaluateOptions, config_name: str | None, flags: Sequence[
     Raises:
         UserError: for input that cannot be worked with.
     """
-    load(RunConfig, config_name, flags)  # wrong flags are told before anything is looked for
     located = locate(options.source)
-    config = configuration(located, config_name, flags)
-    typed = parse_flags(flags).get("sampling", {})
-    change = {key: getattr(config.sampling, key) for key in typed}
+    stated = merge(read_tree(config_name) if config_name else {}, parse_flags(flags))
+    config = configuration(located, stated)
 
     def open_it(config: RunConfig, material: Material) -> Subject:
-        return with_settings(open_subject(located.folder, config, material, options.weights), change)
+        subject = open_subject(located.folder, config, material, options.weights)
+        refuse_unused(located, stated, options)
+        change = {key: getattr(config.sampling, key) for key in stated.get("sampling", {})}
+        return with_settings(subject, change)
 
-    origin = Origin(options.source, located.run_id, located.model_id, located.version)
+    origin = Origin(options.source, located.run_id, located.model_id, located.version, located.data_digest)
     return run_evaluation(config, origin, open_it)
 
 
-def configuration(located: Located, config_name: str | None, flags: Sequence[str]) -> RunConfig:
-    """The configuration to evaluate under: as typed, over what is named, else over the source's own."""
-    if config_name is not None:
-        tree = read_tree(config_name)
-    else:
-        tree = merge(located.configuration or {}, {"output_dir": OUTPUT_DIR, "resume": "none"})
-    return validate(RunConfig, merge(tree, parse_flags(flags)))
+def configuration(located: Located, stated: Tree) -> RunConfig:
+    """The configuration to evaluate under: what the user stated, over the source's own.
+
+    Raises:
+        UserError: where neither says which photographs to compare with.
+    """
+    if located.configuration is None and "data" not in stated:
+        raise UserError(
+            f"{located.folder} does not tell which photographs it belongs to: give --config or --data.root "
+            "(phantom for the embedded ones)"
+        )
+    own = merge(located.configuration or {}, {"output_dir": OUTPUT_DIR, "resume": "none"})
+    return validate(RunConfig, merge(own, stated))
+
+
+def refuse_unused(located: Located, stated: Tree, options: EvaluateOptions) -> None:
+    """A packaged sampler has its prompts and its weights: what cannot change them is refused, not ignored.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    if not (located.folder / BUNDLE).is_file():
+        return
+    if "prompts" in stated:
+        raise UserError("--prompts: a packaged sampler draws from its own prompts; evaluate its checkpoint instead")
+    if options.weights != "best":
+        raise UserError("--weights: a packaged sampler holds one set of weights; evaluate its checkpoint instead")
 
 
 def fetch(config: RunConfig, folder: Path | None) -> int:

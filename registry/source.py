@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.sampling import BUNDLE
-from dfu_mlflow.subject import local_configuration, no_such_source
+from dfu_mlflow.subject import local_configuration, local_data_digest, no_such_source
 
 RUN_ID = re.compile(r"(?:runs:/)?([0-9a-f]{32})")
 SAMPLER = "sampler"
@@ -31,6 +31,7 @@ class Located:
         run_id: the MLflow run that made it, None for a plain folder.
         model_id: its LoggedModel, None for a plain folder.
         version: `NAME/VERSION` where it was found through the model registry.
+        data_digest: of the photographs and the split it was trained on, or the start of it.
     """
 
     folder: Path
@@ -38,6 +39,7 @@ class Located:
     run_id: str | None = None
     model_id: str | None = None
     version: str | None = None
+    data_digest: str | None = None
 
 
 def locate(source: str) -> Located:
@@ -52,7 +54,7 @@ def locate(source: str) -> Located:
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
-        return Located(folder, local_configuration(folder))
+        return Located(folder, local_configuration(folder), data_digest=local_data_digest(folder))
     run = RUN_ID.fullmatch(source)
     try:
         if run is not None:
@@ -111,7 +113,9 @@ def _model(model_id: str, version: str | None) -> Located:
     if not bundles:
         raise UserError(f"model {model_id} holds no sampler of this project ({BUNDLE})")
     run_id = str(model.source_run_id)
-    return Located(bundles[0].parent, _run_configuration(run_id), run_id, model_id, version)
+    inputs = client.get_run(run_id).inputs
+    digest = str(inputs.dataset_inputs[0].dataset.digest) if inputs and inputs.dataset_inputs else None
+    return Located(bundles[0].parent, _run_configuration(run_id), run_id, model_id, version, digest)
 
 
 def _run_configuration(run_id: str) -> dict[str, Any] | None:

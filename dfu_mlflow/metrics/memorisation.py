@@ -126,7 +126,10 @@ class MemorisationReference:
             matched = matched_training_excess(generated[name], reference.features, self.seed)
             values[f"{name}/matched_training_excess"] = matched
         decided, because = self._decide(values) if count >= MIN_IMAGES else (None, notes["copies"])
-        return MemorisationReport(values, decided, because, self._suspects(found), self.identity, notes)
+        suspects = self._suspects(found)
+        if below := sum(suspect.below for suspect in suspects):
+            notes["suspects"] = f"{below} of {count} pictures are nearer than the threshold: look at the closest pairs"
+        return MemorisationReport(values, decided, because, suspects, self.identity, notes)
 
     def _decide(self, values: Mapping[str, Estimate]) -> tuple[bool, str]:
         excess = {name: values[f"{name}/copy_excess"] for name in self.references}
@@ -139,7 +142,10 @@ class MemorisationReference:
                 True,
                 f"copies found: {interval} more pictures than chance lie next to a training photograph ({worst})",
             )
-        return False, f"no copies found beyond chance: excess {interval} ({worst}, the largest)"
+        return (
+            False,
+            f"not more pictures than chance explains lie next to a training photograph: excess {interval} ({worst})",
+        )
 
     def _suspects(self, found: Mapping[str, Neighbours]) -> tuple[Suspect, ...]:
         """Each picture by the features that come closest to their threshold; smallest ratio to threshold first."""

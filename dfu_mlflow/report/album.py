@@ -8,6 +8,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+MAX_WIDTH_PX = 2048
+"""Wider grids are shrunk: thirty epochs of eight pictures of 1,024 px would be 780 MB a class in the report."""
+
+
+def fitting(pixels: np.ndarray) -> Image.Image:
+    """A grid uint8 [H, W, 3], shrunk to `MAX_WIDTH_PX` where it is wider."""
+    picture = Image.fromarray(pixels)
+    if picture.width > MAX_WIDTH_PX:
+        height = round(picture.height * MAX_WIDTH_PX / picture.width)
+        picture = picture.resize((MAX_WIDTH_PX, height), Image.Resampling.LANCZOS)
+    return picture
+
 
 class Album:
     """Grids as `SHOWN-CLASS ID-EPOCH.png`.
@@ -26,7 +38,7 @@ class Album:
         self.folder.mkdir(parents=True, exist_ok=True)
         for label, pixels in grids.items():
             number = self.classes.index(label)
-            Image.fromarray(pixels).save(self.folder / f"{shown}-{number:03d}-{epoch:04d}.png")
+            fitting(pixels).save(self.folder / f"{shown}-{number:03d}-{epoch:04d}.png")
 
     def grids(self, shown: str) -> dict[str, dict[int, np.ndarray]]:
         """Class label -> epoch -> grid. Epoch 0 has live weights only: the untouched base has no average."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dfu_mlflow.report.album import fitting
 from dfu_mlflow.report.document import Picture, Report, Section, Table, png_source
 from dfu_mlflow.report.figures import Figures, headline_table, other_table
 
@@ -24,6 +25,7 @@ class EvaluationStory:
         figures: figures of the subject, as MLflow shows them.
         sentences: what is said first, e.g. the comparison with the base.
         grids: class label -> (row name -> uint8 [H, W, 3]).
+        seeded: whether the subject drew from the seeds that the base drew from.
         extra: sections of further measurements, such as memorisation.
         settings: name -> value.
         identities: metric identities.
@@ -36,6 +38,7 @@ class EvaluationStory:
     figures: Figures
     sentences: Sequence[str]
     grids: Mapping[str, Mapping[str, np.ndarray]]
+    seeded: bool
     extra: Sequence[Section]
     settings: Mapping[str, str]
     identities: Sequence[str]
@@ -48,7 +51,7 @@ def evaluation_report(story: EvaluationStory) -> Report:
     sections = [
         Section("Headlines", tables=(headline_table(story.base, story.figures, GROUP),)),
         *story.extra,
-        Section("Samples", ("Equal places are equal seeds.",), _samples(story)),
+        Section("Samples", ("Equal places are equal seeds.",) if story.seeded else (), _samples(story)),
         Section("All figures", tables=(other_table(story.figures, GROUP),)),
     ]
     if missing:
@@ -63,7 +66,7 @@ def _samples(story: EvaluationStory) -> tuple[Picture, ...]:
     pictures = []
     for label, rows in story.grids.items():
         width = min(pixels.shape[1] for pixels in rows.values())
-        pixels = np.concatenate([row[:, :width] for row in rows.values()], axis=0)
+        pixels = np.asarray(fitting(np.concatenate([row[:, :width] for row in rows.values()], axis=0)))
         shown = min(width * (2 if width <= 512 else 1), 1010)
         pictures.append(Picture(f"class {label}; rows: {', '.join(rows)}", png_source(pixels), shown))
     return tuple(pictures)

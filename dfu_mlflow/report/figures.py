@@ -58,7 +58,7 @@ def headline_table(base: Figures, now: Figures, group: str) -> Table:
     return Table(
         "Brackets are 95 % intervals. Ceiling: the untouched base. Floor: photographs of training patients against "
         "those of held-out patients. Autoencoder's floor: held-out photographs passed through it. Progress: from the "
-        "ceiling (0 %) to the larger floor (100 %).",
+        "ceiling (0 %) to the floor that is nearer to it (100 %).",
         ("", "this model", "ceiling", "floor", "autoencoder's floor", "progress"),
         tuple(rows),
     )

@@ -14,13 +14,12 @@ from dfu_mlflow.types import Estimate
 GAIN = "gain"
 
 
-def memorisation_section(report: MemorisationReport) -> Section:
-    """Verdict, figures; the pairs themselves show patients and stay out of the report."""
-    names = {True: "Copies of training photographs were found", False: "No copies were found", None: "No verdict"}
+def memorisation_section(report: MemorisationReport, pairs: int) -> Section:
+    """Verdict and figures; the `pairs` that were written show patients and stay out of the report."""
     sentences = (
-        f"{names[report.found]}: {report.because}.",
+        f"{report.because[:1].upper()}{report.because[1:]}.",
         *(f"{name}: {text}." for name, text in report.notes.items()),
-        "The closest pairs are in a local folder for a person to look at; they are never logged.",
+        *(["The closest pairs are in a local folder for a person to look at; they are never logged."] if pairs else []),
         f"Identity: {report.identity}.",
     )
     return Section("Memorisation", sentences, tables=(estimates_table(report.values),))
@@ -37,14 +36,15 @@ def utility_section(report: UtilityReport) -> Section:
     pictures: tuple[Picture, ...] = ()
     if rows:
         drawn = interval_rows("Gain of the classifier", rows, "difference, 95 % interval by patient")
-        pictures = (Picture("Augmented against real pictures drawn again to the same count", svg_source(drawn)),)
+        caption = "gain: over real pictures drawn again; over real ones alone; over the base's pictures"
+        pictures = (Picture(caption, svg_source(drawn)),)
     sentences = tuple(f"{name}: {text}." for name, text in report.notes.items())
-    scores = {name: value for name, value in report.values.items() if GAIN not in name.split("/")[0]}
+    rest = {name: value for name, value in report.values.items() if name not in gains}
     return Section(
         "Utility",
         (*sentences, f"Identity: {report.identity}."),
         pictures,
-        (estimates_table(gains), estimates_table(scores)),
+        (estimates_table(gains), estimates_table(rest)),
     )
 
 

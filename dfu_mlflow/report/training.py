@@ -62,8 +62,12 @@ def _summary(story: TrainingStory, base: Figures, best: Figures, group: str) -> 
     sentences = [f"{len(story.epochs) - 1} epochs of {story.settings.get('method', '?')} fine-tuning."]
     key = f"{group}/kid"
     if "eval/kid_low" in base and f"{key}_high" in best:
-        apart = best[f"{key}_high"] < base["eval/kid_low"]
-        said = "It learned: KID fell" if apart else "KID cannot be told apart from the untouched base's: it went"
+        if best[f"{key}_high"] < base["eval/kid_low"]:
+            said = "It learned: KID fell"
+        elif best[f"{key}_low"] > base["eval/kid_high"]:
+            said = "It got worse than the untouched base: KID rose"
+        else:
+            said = "KID cannot be told apart from the untouched base's: it went"
         sentences.append(f"{said} from {base['eval/kid']:.3g} to {best[key]:.3g}.")
     return (*sentences, f"Success: {story.verdict}.")
 

@@ -86,6 +86,7 @@ def test_settings_that_the_user_typed_replace_the_samplers(
     assert changed is not None
     assert subject.sampler is not None
     assert changed.settings.guidance_scale == 7.0
+    assert changed.batch_size == 3
     assert changed.settings.num_inference_steps == subject.sampler.settings.num_inference_steps
 
 

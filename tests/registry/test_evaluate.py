@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,11 +13,11 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from dfu_mlflow.config import RunConfig
-from dfu_mlflow.config.load import dump_yaml, merge, validate
+from dfu_mlflow.config.load import dump_yaml, merge, read_tree, validate
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.pipeline import run_training
 from dfu_mlflow.training_run import TrainingResult
-from registry.evaluate import EvaluateOptions, evaluate
+from registry.evaluate import EvaluateOptions, configuration, evaluate
 from registry.publish import publish
 from registry.source import locate
 
@@ -102,6 +103,46 @@ def test_utility_is_measured_when_asked_for(trained: Trained) -> None:
     assert "<h2>Memorisation</h2>" in html
 
 
+def test_another_split_than_the_models_own_is_said_first(trained: Trained) -> None:
+    own, other = (
+        evaluate(EvaluateOptions(source=trained[1].run_id), None, [*flags, "--memorisation.enabled", "false"])
+        for flags in ([], ["--seed", "7"])
+    )
+    assert not any("not the photographs and the split" in sentence for sentence in own.sentences)
+    assert "not the photographs and the split" in other.sentences[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "flags", "said"),
+    [
+        ({"weights": "live"}, [], "holds one set of weights"),
+        ({}, ["--prompts.style", "detailed"], "draws from its own prompts"),
+    ],
+)
+def test_what_cannot_change_a_packaged_sampler_is_refused(
+    trained: Trained, options: dict[str, str], flags: list[str], said: str
+) -> None:
+    chosen = EvaluateOptions.model_validate({"source": "models:/dfu-sampler@challenger", **options})
+    with pytest.raises(UserError, match=said):
+        evaluate(chosen, None, flags)
+
+
+def test_a_bundle_does_not_stand_for_photographs(trained: Trained) -> None:
+    assert trained[1].bundle is not None
+    with pytest.raises(UserError, match="does not tell which photographs"):
+        evaluate(EvaluateOptions(source=str(trained[1].bundle)), None, [])
+
+
+def test_stated_settings_lie_over_the_sources_own(trained: Trained, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("sampling: {guidance_scale: 9}\n")
+    located = locate(trained[1].run_id)
+    config = configuration(located, read_tree(str(mine)))
+    assert config.adapter == trained[0].adapter
+    assert config.data == trained[0].data
+    assert (config.sampling.guidance_scale, str(config.output_dir)) == (9.0, "outputs/evaluate")
+
+
 def test_run_model_and_folder_are_the_same_source(trained: Trained) -> None:
     config, result = trained
     registered = locate(f"models:/{config.registry.name}/1")
@@ -141,6 +182,18 @@ def test_a_folder_of_photographs_is_near_the_floor(trained: Trained, tmp_path: P
     assert result.figures["eval/coverage"] > 0.9
     assert "val/loss" not in result.figures
     assert result.sentences == ()
+
+
+def test_a_small_folder_is_compared_at_its_own_size(trained: Trained, tmp_path: Path) -> None:
+    source = photographs_as_source(trained[0], tmp_path / "pictures", lambda pixels: pixels)
+    for label in ("I", "P", "R"):
+        for path in sorted((source / label).iterdir())[6:]:
+            path.unlink()
+    result = evaluate(EvaluateOptions(source=str(source)), config_file(trained[0], tmp_path), [])
+    assert "eval/kid" in result.figures
+    logged = [file.path for file in MlflowClient().list_artifacts(result.run_id, "images")]
+    steps = {re.findall(r"step[+]([01])", path.replace("%2B", "+"))[0] for path in logged}
+    assert steps == {"0"}, "the base's pictures alone: a folder may hold photographs"
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,9 @@ def test_headlines_stand_beside_ceiling_and_floors(story: TrainingStory) -> None
     assert table.rows == (("KID", "2 [1.5, 2.5]", "6 [5.5, 6.5]", "0.1", "0.4", "71 % [60, 80]"),)
 
 
-@pytest.mark.parametrize(("kid", "said"), [(2.0, "It learned: KID fell"), (5.9, "cannot be told apart")])
+@pytest.mark.parametrize(
+    ("kid", "said"), [(2.0, "It learned: KID fell"), (5.9, "cannot be told apart"), (9.0, "It got worse")]
+)
 def test_learning_is_claimed_only_where_intervals_part(story: TrainingStory, kid: float, said: str) -> None:
     report = training_report(replace(story, epochs={0: epoch_figures(6.0), 1: epoch_figures(kid)}))
     assert any(said in sentence for sentence in report.summary)
