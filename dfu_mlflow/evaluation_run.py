@@ -203,7 +203,7 @@ class Evaluation:
             self.notes |= report.notes
         self.tracker.tags({f"not_computed.{metric}": reason for metric, reason in self.notes.items()})
         story = EvaluationStory(
-            name=subject.name,
+            name=self.origin.source,
             run_id=self.tracker.run_id,
             base=base.figures,
             figures=seen.figures,

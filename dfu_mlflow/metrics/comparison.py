@@ -52,9 +52,9 @@ def compare(figure: str, difference: Estimate, better: Better, pictures: int) ->
     if pictures < MIN_VERDICT_PICTURES or difference.low is None or difference.high is None:
         few = f"{pictures} pictures are fewer than {MIN_VERDICT_PICTURES}"
         why = few if pictures < MIN_VERDICT_PICTURES else "there is no interval"
-        sentence = f"{figure}: no verdict, {why} (difference {difference.value:+.3g}{_interval(difference)})"
+        sentence = f"{figure}: no verdict, {why} (difference {difference.value:+.4g}{_interval(difference)})"
         return Comparison(figure, difference, "no verdict", sentence)
-    shown = f"difference {difference.value:+.3g}{_interval(difference)}"
+    shown = f"difference {difference.value:+.4g}{_interval(difference)}"
     if difference.low <= 0 <= difference.high:
         needed = pictures_needed(difference, pictures)
         size = f"more than {MANY:,}" if needed is None else f"about {needed:,}"
@@ -86,7 +86,7 @@ def pictures_needed(difference: Estimate, pictures: int) -> int | None:
 def _interval(estimate: Estimate) -> str:
     if estimate.low is None or estimate.high is None:
         return ""
-    return f", 95 % interval {estimate.low:+.3g} to {estimate.high:+.3g}"
+    return f", 95 % interval {estimate.low:+.4g} to {estimate.high:+.4g}"
 
 
 def require_comparable(first: EvalReport, second: EvalReport) -> None:

@@ -19,7 +19,7 @@ def test_an_interval_without_zero_decides(value: float, better: str, outcome: st
     assert found.outcome == outcome
     assert (
         found.sentence
-        == f"kid: {outcome} (difference {value:+.3g}, 95 % interval {value - 0.1:+.3g} to {value + 0.1:+.3g})"
+        == f"kid: {outcome} (difference {value:+.4g}, 95 % interval {value - 0.1:+.4g} to {value + 0.1:+.4g})"
     )
     assert found.pictures_needed is None
 
