@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from accelerate import Accelerator
+
 from dfu_mlflow.config.load import dump_yaml
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.data import dataset_digest
@@ -90,6 +92,7 @@ def run_evaluation(
         subject = open_subject(config, material)
         config = fitting(config, subject)
         check_subject(config, material, subject)
+        use_precision(config, material, subject)
         observer = Observer(config, material, build_panels(config, material, thorough=True), stop.check)
         with track(config) as tracker:
             evaluation = Evaluation(config, observer, tracker, origin)
@@ -98,6 +101,13 @@ def run_evaluation(
             seen = evaluation.show(SUBJECT_STEP, observer.subject(subject, base))
             evaluation.probe(subject, seen)
             return evaluation.conclude(subject, base, seen)
+
+
+def use_precision(config: RunConfig, material: Material, subject: Subject) -> None:
+    """Run the UNets under `train.mixed_precision`, as training's own evaluations do: figures come out as they did."""
+    accelerator = Accelerator(cpu=material.device.type == "cpu", mixed_precision=config.train.mixed_precision)
+    for pipe in [material.pipe, *([subject.sampler.pipe] if subject.sampler else [])]:
+        accelerator.prepare_model(pipe.unet, device_placement=False, evaluation_mode=True)
 
 
 def fitting(config: RunConfig, subject: Subject) -> RunConfig:

@@ -32,7 +32,7 @@ def trained(
     folder = tmp_path_factory.mktemp("trained")
     change = {
         "adapter": {"method": "lora"},
-        "train": {"epochs": 1, "learning_rate": 3e-2, "warmup_steps": 0},
+        "train": {"epochs": 1, "learning_rate": 3e-2, "warmup_steps": 0, "mixed_precision": "bf16"},
         "evaluation": {"samples": 36},
         "data": {"validation_fraction": 0.4},
         "memorisation": {"neighbours": 20},
