@@ -9,6 +9,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState
 from mlflow import MlflowClient
 from PIL import Image
 
@@ -38,11 +39,13 @@ def trained(
         "memorisation": {"neighbours": 20},
     }
     config = validate(RunConfig, merge(small_config_at(folder).model_dump(mode="json"), change))
+    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision a process
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
         yield config, run_training(config, publish=lambda result: publish(result, config))
         mlflow.set_tracking_uri(None)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_registered_version_has_the_figures_that_training_saw(trained: Trained) -> None:
