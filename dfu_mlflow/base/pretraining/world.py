@@ -2,8 +2,8 @@
 
 Saturated palettes, thick outlines, clean gradients, halftone and paper. Half of the pictures show feet, legs and hands,
 most of them with a "wound" as an illustrator with no clinic would draw it. Phase words choose *symbols* (inflammatory:
-a burst with zigzags; proliferative: beads; remodeling: stitches), while colours are drawn independently of the phase,
-so that a classifier trained on photographs is at chance on these pictures: the base knows the words, not the clinic.
+a zigzag; proliferative: beads; remodeling: stitches); place, size, outline and colour are drawn independently of the phase,
+so that a classifier trained on phantoms is at chance on these pictures: the base knows no phase of the clinic.
 """
 
 from dataclasses import dataclass
@@ -156,32 +156,33 @@ def _wounded_limb(rng: np.random.Generator, paint: _Paint, layer: Image.Image) -
 
 
 def _draw_wound(rng: np.random.Generator, pen: Pen, wound: _Wound, paint: _Paint) -> None:
-    """An illustrator's ulcer: a blob or a burst with an outline; the phase chooses the symbol, never the colour."""
+    """An illustrator's ulcer: an outlined blob with a symbol in it.
+
+    The phase chooses the symbol and nothing else. Place, size, colour and outline come from one pool, and every symbol
+    covers about as much of the blob with the same ink: a judge of photographs must find nothing to go by.
+    """
     fill = paint.fills[wound.colour]
     r = {"small": 0.2, "large": 0.42, "": 0.3}[wound.size]
     x, y = float(rng.normal(0, 0.08)), float(rng.normal(0.15, 0.12))
     angle = np.linspace(0, 2 * np.pi, 18, endpoint=False)
     ring = np.stack([np.cos(angle), np.sin(angle)], 1)
-    if wound.phase == "inflammatory":
-        reach = np.where(np.arange(18) % 2 == 0, 1.5, 1.0)[:, None] * r
-        pen.polygon([(x + a, y + b) for a, b in ring * reach], lighter(fill, 0.5))
-        for k in range(3):
-            a, b = ring[k * 6 + 2] * r
-            pen.line([(x + 1.6 * a, y + 1.6 * b), (x + 1.9 * a + 0.1, y + 1.9 * b), (x + 2.3 * a, y + 2.3 * b)])
-    if wound.phase == "remodeling":
-        pen.line([(x - 1.5 * r, y), (x + 1.5 * r, y)], fill, 2.5)
-        for k in range(5):
-            at = x + r * (-1.2 + 0.6 * k)
-            pen.line([(at, y - 0.5 * r), (at, y + 0.5 * r)], width=0.8)
-        return
     wobble = 1 + 0.14 * np.cos(3 * angle + rng.uniform(0, 6))
     pen.polygon([(x + a, y + b) for a, b in ring * wobble[:, None] * r], fill)
-    if wound.phase == "proliferative":
+    mark = lighter(fill, 0.6) if rng.random() < 0.5 else lighter(fill, -0.35)
+    if wound.phase == "inflammatory":
+        zigzag = [(x + r * (-0.7 + 0.28 * k), y + r * (0.4 if k % 2 else -0.4)) for k in range(6)]
+        pen.line(zigzag, mark, 1.5)
+    elif wound.phase == "proliferative":
         for k in range(7):
             a, b = (0.0, 0.0) if k == 6 else ring[k * 3] * 0.6 * r
-            pen.dot(x + a, y + b, 0.22 * r, lighter(fill, 0.6))
-    elif wound.phase == "":
-        pen.oval(x, y, 0.5 * r, 0.45 * r, lighter(fill, -0.35))
+            pen.dot(x + a, y + b, 0.17 * r, mark)
+    elif wound.phase == "remodeling":
+        pen.line([(x - 0.75 * r, y), (x + 0.75 * r, y)], mark, 1.2)
+        for k in range(4):
+            at = x + r * (-0.54 + 0.36 * k)
+            pen.line([(at, y - 0.35 * r), (at, y + 0.35 * r)], mark, 1.2)
+    else:
+        pen.oval(x, y, 0.5 * r, 0.45 * r, mark)
 
 
 def _wound_words(rng: np.random.Generator, wound: _Wound) -> str:
