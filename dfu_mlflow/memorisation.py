@@ -13,11 +13,10 @@ from dfu_mlflow.data import encode_evaluation_latents, evaluation_pixels
 from dfu_mlflow.metrics.closest_pairs import write_closest_pairs
 from dfu_mlflow.metrics.coarse_pixels import IDENTITY, coarse_pixels
 from dfu_mlflow.metrics.copies import TrainingAppearances
-from dfu_mlflow.metrics.matching import FeatureRows
 from dfu_mlflow.metrics.membership import MemberLosses, membership_auc
 from dfu_mlflow.metrics.memorisation import MemorisationReference, MemorisationReport
 from dfu_mlflow.objective import Objective
-from dfu_mlflow.photograph_features import Features, PhotographFeatures
+from dfu_mlflow.photograph_features import Features, PhotographFeatures, feature_rows
 from dfu_mlflow.preparation import Material
 from dfu_mlflow.sampling import Sampler
 from dfu_mlflow.types import Estimate, Record
@@ -77,8 +76,8 @@ class MemorisationProbe:
         split = self.material.source.split
         restored = features.reconstructions(split.train)
         return TrainingAppearances(
-            training=_rows(split.train, split.classes, restored),
-            held_out=_rows(split.held_out, split.classes, features.reconstructions(split.held_out)),
+            training=feature_rows(split.train, split.classes, restored),
+            held_out=feature_rows(split.held_out, split.classes, features.reconstructions(split.held_out)),
             appearances=(
                 restored,
                 features.photographs(split.train),
@@ -123,8 +122,3 @@ def _member_losses(
         for pipe, conditioner in ((sampler.pipe, sampler.conditioner), (material.pipe, material.conditioner))
     )
     return MemberLosses(now, base, tuple(record.patient for record in records))
-
-
-def _rows(records: Sequence[Record], classes: tuple[str, ...], features: torch.Tensor) -> FeatureRows:
-    ids = torch.tensor([classes.index(record.label) for record in records])
-    return FeatureRows(features, ids, tuple(record.patient for record in records))

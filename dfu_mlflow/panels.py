@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +18,9 @@ from dfu_mlflow.metrics.extractors.inception import inception
 from dfu_mlflow.metrics.extractors.lpips_embedding import lpips_embedding
 from dfu_mlflow.metrics.extractors.pixels import colour_statistics, pixel_values
 from dfu_mlflow.metrics.extractors.vision_transformers import clip, dinov2
-from dfu_mlflow.metrics.matching import FeatureRows
 from dfu_mlflow.metrics.reference import RealFeatures, Reference, ReferenceSettings
-from dfu_mlflow.photograph_features import PhotographFeatures
+from dfu_mlflow.photograph_features import PhotographFeatures, feature_rows
 from dfu_mlflow.preparation import Material
-from dfu_mlflow.types import Record
 
 
 @dataclass(frozen=True)
@@ -101,14 +99,9 @@ def _panel(extractor: Extractor, settings: ReferenceSettings, config: RunConfig,
     training = any(metric.floor for metric in metrics) or settings.judge
     real = RealFeatures(
         classes=split.classes,
-        held_out=_rows(split.held_out, split.classes, features.photographs(split.held_out)),
-        training=_rows(split.train, split.classes, features.photographs(split.train)) if training else None,
+        held_out=feature_rows(split.held_out, split.classes, features.photographs(split.held_out)),
+        training=feature_rows(split.train, split.classes, features.photographs(split.train)) if training else None,
         reconstructed_held_out=features.reconstructions(split.held_out) if restored else None,
         reconstructed_training=features.reconstructions(split.train) if settings.judge else None,
     )
     return Panel(extractor, Reference(real, settings))
-
-
-def _rows(records: Sequence[Record], classes: tuple[str, ...], features: torch.Tensor) -> FeatureRows:
-    ids = torch.tensor([classes.index(record.label) for record in records])
-    return FeatureRows(features, ids, tuple(record.patient for record in records))

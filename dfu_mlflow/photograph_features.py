@@ -11,6 +11,7 @@ from dfu_mlflow.base.autoencoder import autoencode
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.data import evaluation_pixels
 from dfu_mlflow.data.views import plan_evaluation_view
+from dfu_mlflow.metrics.matching import FeatureRows
 from dfu_mlflow.preparation import Material
 from dfu_mlflow.types import Record
 
@@ -62,3 +63,9 @@ class PhotographFeatures:
         keys = [plan_evaluation_view(record, self.data).key(record) for record in records]
         batch = max(1, BATCH_PIXELS // self.data.resolution_px**2)
         return self.material.cache.rows(f"{namespace}:mirrored" if mirrored else namespace, keys, compute, batch)
+
+
+def feature_rows(records: Sequence[Record], classes: tuple[str, ...], features: torch.Tensor) -> FeatureRows:
+    """Features [N, D] with class and patient of each photograph."""
+    ids = torch.tensor([classes.index(record.label) for record in records])
+    return FeatureRows(features, ids, tuple(record.patient for record in records))

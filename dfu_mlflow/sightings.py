@@ -17,9 +17,9 @@ from dfu_mlflow.metrics.extractors.pixels import value_signs
 from dfu_mlflow.metrics.value_range import require_photographic
 from dfu_mlflow.objective import Objective
 from dfu_mlflow.panels import Panels
-from dfu_mlflow.preparation import Material, sampling_settings
+from dfu_mlflow.preparation import Material
 from dfu_mlflow.sampling import Sampler
-from dfu_mlflow.subject import Pictures, Subject
+from dfu_mlflow.subject import Pictures, Subject, base_sampler
 from dfu_mlflow.types import EvalReport
 from dfu_mlflow.validation import validation_figures
 
@@ -90,10 +90,7 @@ class Observer:
 
     def base(self) -> Sighting:
         """The untouched base with the configured prompts: the ceiling."""
-        material = self.material
-        settings = sampling_settings(self.config, material.train)
-        sampler = Sampler(material.pipe, material.conditioner, settings, self.config.sampling.batch_size)
-        return self.of_sampler(sampler, BASE, None)
+        return self.of_sampler(base_sampler(self.config, self.material), BASE, None)
 
     def subject(self, subject: Subject, base: Sighting) -> Sighting:
         """What is evaluated."""

@@ -165,6 +165,12 @@ def with_settings(subject: Subject, change: Mapping[str, Any]) -> Subject:
     return replace(subject, sampler=Sampler(sampler.pipe, sampler.conditioner, settings, batch_size))
 
 
+def base_sampler(config: RunConfig, material: Material) -> Sampler:
+    """The untouched base with the configured prompts and settings."""
+    settings = sampling_settings(config, material.train)
+    return Sampler(material.pipe, material.conditioner, settings, config.sampling.batch_size)
+
+
 def _open_run(folder: Path, config: RunConfig, material: Material, weights: Weights) -> Subject:
     store = CheckpointStore(folder / CHECKPOINTS, keep_last=1)
     best, complete = store.best(), store.complete()

@@ -13,10 +13,10 @@ from dfu_mlflow.data import evaluation_pixels
 from dfu_mlflow.metrics.utility.arms import Pictures
 from dfu_mlflow.metrics.utility.experiment import measure_utility
 from dfu_mlflow.metrics.utility.report import UtilityReport
-from dfu_mlflow.preparation import Material, sampling_settings
+from dfu_mlflow.preparation import Material
 from dfu_mlflow.runtime import derive_seed
 from dfu_mlflow.sampling import Sampler
-from dfu_mlflow.subject import Subject
+from dfu_mlflow.subject import Subject, base_sampler
 from dfu_mlflow.types import Record
 
 TUNED, BASE = "tuned", "base"
@@ -35,8 +35,6 @@ def utility(
     split = material.source.split
     counts = Counter(record.label for record in split.train)
     wanted = {label: max(1, round(config.utility.ratio * counts[label])) for label in split.classes}
-    settings = sampling_settings(config, material.train)
-    base = Sampler(material.pipe, material.conditioner, settings, config.sampling.batch_size)
     if subject.sampler is not None:
         tuned = _draw(subject.sampler, wanted, config.utility.seed, between_batches)
     else:
@@ -46,7 +44,7 @@ def utility(
         split.classes,
         _photographs(split.train, split.classes, config),
         _photographs(split.held_out, split.classes, config),
-        {TUNED: tuned, BASE: _draw(base, wanted, config.utility.seed, between_batches)},
+        {TUNED: tuned, BASE: _draw(base_sampler(config, material), wanted, config.utility.seed, between_batches)},
         config.utility,
         between_batches,
     )

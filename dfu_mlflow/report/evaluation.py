@@ -55,7 +55,7 @@ def evaluation_report(story: EvaluationStory) -> Report:
         Section("All figures", tables=(other_table(story.figures, GROUP),)),
     ]
     if missing:
-        sections.append(Section("Not computed", tables=(Table("", ("metric", "because"), missing),)))
+        sections.append(Section("Not computed, or with a reserve", tables=(Table("", ("figure", "because"), missing),)))
     sections.append(Section("Settings", tables=(Table("", ("setting", "value"), tuple(story.settings.items())),)))
     identities = tuple(f"Metric identity: {identity}" for identity in story.identities)
     footer = (f"MLflow run {story.run_id}.", *identities, "Figures of different identities are never compared.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,6 +75,11 @@ def test_a_registered_version_has_the_figures_that_training_saw(trained: Trained
     assert "<td>fid</td>" in html
 
 
+def size_px(picture: bytes) -> tuple[int, int]:
+    with Image.open(io.BytesIO(picture)) as opened:
+        return opened.size
+
+
 def test_closest_pairs_stay_on_the_disk_and_private(trained: Trained) -> None:
     result = evaluate(EvaluateOptions(source=str(trained[1].folder)), None, ["--memorisation.pairs", "3"])
     pairs = result.report.parent / "closest_pairs"
@@ -85,7 +92,10 @@ def test_closest_pairs_stay_on_the_disk_and_private(trained: Trained) -> None:
     assert {path.stat().st_mode & 0o777 for path in pairs.iterdir()} == {0o600}
     logged = [file.path for file in MlflowClient().list_artifacts(result.run_id)]
     assert sorted(logged) == ["config.yaml", "images", "report.html"]
-    assert "pair_001" not in result.report.read_text(encoding="utf-8")
+    codes = re.findall(r'src="data:image/\w+;base64,([^"]+)"', result.report.read_text(encoding="utf-8"))
+    shown = [size_px(base64.b64decode(code)) for code in codes]
+    assert shown
+    assert size_px((pairs / "pair_001.png").read_bytes()) not in shown
 
 
 def test_too_few_photographs_for_a_question_are_said_not_asked(trained: Trained) -> None:

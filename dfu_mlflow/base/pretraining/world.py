@@ -2,8 +2,8 @@
 
 Saturated palettes, thick outlines, clean gradients, halftone and paper. Half of the pictures show feet, legs and hands,
 most of them with a "wound" as an illustrator with no clinic would draw it. Phase words choose *symbols* (inflammatory:
-a zigzag; proliferative: beads; remodeling: stitches); place, size, outline and colour are drawn independently of the phase,
-so that a classifier trained on phantoms is at chance on these pictures: the base knows no phase of the clinic.
+a zigzag; proliferative: beads; remodeling: stitches); place, size, outline and colour are drawn independently of it, so
+that a classifier trained on phantoms is at chance on these pictures: the base knows no phase of the clinic.
 """
 
 from dataclasses import dataclass
