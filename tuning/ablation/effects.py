@@ -71,7 +71,7 @@ def effects(factors: Sequence[Factor], observations: Sequence[Observation]) -> t
         for chosen in itertools.combinations(sampled, order):
             contrasts = np.array([_contrast(values, chosen) for _, _, values in runs])
             found |= _fit(trained, chosen, runs, contrasts)
-    wanted = [(f.name,) for f in factors]
+    wanted: list[tuple[str, ...]] = [(factor.name,) for factor in factors]
     wanted += [(a.name, b.name) for a, b in itertools.combinations(factors, 2)]
     by_names = {frozenset(names): entry for names, entry in found.items()}
     kept = [(names, *by_names[frozenset(names)]) for names in wanted if frozenset(names) in by_names]
