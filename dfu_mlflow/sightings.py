@@ -14,6 +14,7 @@ from dfu_mlflow.data import evaluation_pixels
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.evaluator import Drawn, Evaluator, assess, extract, flatten_reports, sample_grids
 from dfu_mlflow.metrics.extractors.pixels import value_signs
+from dfu_mlflow.metrics.reference import MIN_IMAGES
 from dfu_mlflow.metrics.value_range import require_photographic
 from dfu_mlflow.objective import Objective
 from dfu_mlflow.panels import Panels
@@ -53,8 +54,8 @@ def check_subject(config: RunConfig, material: Material, subject: Subject) -> No
     """What can be known to be wrong before anything is drawn.
 
     Raises:
-        UserError: for a sampler of other classes than the photographs', or pictures whose values are wrapped, inverted
-            or not scaled.
+        UserError: for a sampler of other classes than the photographs', fewer pictures than any distance needs, or
+            pictures whose values are wrapped, inverted or not scaled.
     """
     classes = material.conditioner.classes
     if subject.sampler is not None and subject.sampler.classes != classes:
@@ -62,6 +63,12 @@ def check_subject(config: RunConfig, material: Material, subject: Subject) -> No
             f"the sampler draws classes {', '.join(subject.sampler.classes)}, the photographs show "
             f"{', '.join(classes)}: give the photographs it was trained for"
         )
+    numbers = {"held-out photographs": len(material.source.split.held_out)}
+    if subject.pictures is not None:
+        numbers["pictures of --source"] = len(subject.pictures.images)
+    for what, number in numbers.items():
+        if number < MIN_IMAGES:
+            raise UserError(f"{number} {what} are fewer than the {MIN_IMAGES} that the least demanding distance needs")
     if subject.pictures is not None and config.metrics.check_value_range:
         images = torch.from_numpy(subject.pictures.images)
         signs = value_signs(int(images.shape[1]), material.device)

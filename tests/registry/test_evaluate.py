@@ -75,6 +75,15 @@ def test_a_registered_version_has_the_figures_that_training_saw(trained: Trained
     assert "<td>fid</td>" in html
 
 
+def test_fewer_pictures_than_a_distance_needs_are_refused(trained: Trained, tmp_path: Path) -> None:
+    source = photographs_as_source(trained[0], tmp_path / "pictures", lambda pixels: pixels)
+    for label in ("I", "P", "R"):
+        for path in sorted((source / label).iterdir())[2:]:
+            path.unlink()
+    with pytest.raises(UserError, match="6 pictures of --source are fewer than the 10"):
+        evaluate(EvaluateOptions(source=str(source)), config_file(trained[0], tmp_path), [])
+
+
 def size_px(picture: bytes) -> tuple[int, int]:
     with Image.open(io.BytesIO(picture)) as opened:
         return opened.size
