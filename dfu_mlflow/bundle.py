@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dfu_mlflow.base.load import resolve_base
 from dfu_mlflow.config.schema import RunConfig
-from dfu_mlflow.documents import FORMAT
+from dfu_mlflow.documents import FORMAT, read_document
 from dfu_mlflow.sampling import BUNDLE, Settings
 
 
@@ -55,3 +55,9 @@ def write_bundle(folder: Path, config: RunConfig, source: BundleSource) -> Path:
     }
     (folder / BUNDLE).write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
     return folder
+
+
+def change_settings(folder: Path, settings: Settings) -> None:
+    """Give a bundle other sampling defaults."""
+    facts = read_document(folder / BUNDLE, "sampler") | {"settings": asdict(settings)}
+    (folder / BUNDLE).write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -22,3 +22,7 @@ class ConfigError(UserError):
 
 class Interrupted(Exception):
     """The user or the scheduler asked the run to stop; a checkpoint has been written."""
+
+
+class Pruned(Interrupted):
+    """A tuner ends a run early because it promises less than others."""

@@ -124,8 +124,8 @@ class Evaluator:
         unet.eval()
         return validation_losses(unet, self.objective, self.material.conditioner, self.grid, self.between_batches)
 
-    def draw(self, batch_size: int) -> Drawn:
-        """Pictures from the same seeds in every epoch."""
+    def draw(self, batch_size: int, settings: Settings | None = None) -> Drawn:
+        """Pictures from the same seeds in every epoch; `settings` None takes the evaluator's own."""
         plan = self.panels[0].reference.generation_plan(self.config.samples) if self.panels else {}
         classes = self.material.conditioner.classes
         ids, seeds, counted = [], [], []
@@ -136,7 +136,7 @@ class Evaluator:
                 counted.append(number < wanted)
                 seeds.append(derive_seed(self.config.seed, "evaluation", class_id, number))
         class_ids = torch.tensor(ids)
-        sampler = Sampler(self.material.pipe, self.material.conditioner, self.settings, batch_size)
+        sampler = Sampler(self.material.pipe, self.material.conditioner, settings or self.settings, batch_size)
         images = sampler.generate(class_ids, seeds, between_batches=self.between_batches)
         return Drawn(images, class_ids, torch.tensor(counted))
 

@@ -21,18 +21,23 @@ from dfu_mlflow.preparation import Material, prepare, read_source
 from dfu_mlflow.resume import check_same_run
 from dfu_mlflow.tracking import track
 from dfu_mlflow.trainer import Parts
-from dfu_mlflow.training_run import Equipment, TrainingResult, TrainingRun
+from dfu_mlflow.training_run import Equipment, Supervisor, TrainingResult, TrainingRun
 
 
-def run_training(config: RunConfig, publish: Callable[[TrainingResult], None] | None = None) -> TrainingResult:
+def run_training(
+    config: RunConfig,
+    publish: Callable[[TrainingResult], None] | None = None,
+    supervisor: Supervisor | None = None,
+) -> TrainingResult:
     """Train as configured: data -> fine-tuning -> evaluation of each epoch -> best checkpoint as a bundle.
 
     Args:
         publish: called with the result before the MLflow run is closed, to register the model.
+        supervisor: names the MLflow run to write to, hears of each epoch and may end the run.
 
     Raises:
         UserError: for input that cannot be worked with; before the run is opened where that can be known.
-        Interrupted: after Ctrl-C or SIGTERM; a checkpoint has been written.
+        Interrupted: after Ctrl-C or SIGTERM; a checkpoint has been written. `Pruned` where the supervisor says so.
     """
     with StopRequest() as stop:
         check_disk(config, resolve_base(config.base_model))
@@ -43,14 +48,17 @@ def run_training(config: RunConfig, publish: Callable[[TrainingResult], None] | 
         if checkpoint is not None:
             check_same_run(checkpoint, config, digest)
         equipment = equip(config, prepare(config, source))
-        with track(config, checkpoint.state["run_id"] if checkpoint else None) as tracker:
+        given = supervisor.run_id if supervisor else None
+        with track(config, checkpoint.state["run_id"] if checkpoint else given) as tracker:
             folder = resumed_from.parent.parent if resumed_from else config.output_dir / tracker.run_id[:8]
-            run = TrainingRun(config, equipment, tracker, stop, folder)
+            run = TrainingRun(config, equipment, tracker, stop, folder, supervisor)
             run.describe(digest)
             if checkpoint is not None:
                 run.trainer.restore(checkpoint)
             run.trainer.fit()
             result = run.finish()
+            if supervisor is not None:
+                result = supervisor.finished(run, result)
             if publish is not None:
                 publish(result)
     return result

@@ -24,7 +24,7 @@ from mlflow.exceptions import MlflowException
 
 from dfu_mlflow import tracking_store
 from dfu_mlflow.config import RunConfig, flatten
-from dfu_mlflow.errors import Interrupted, UserError
+from dfu_mlflow.errors import Interrupted, Pruned, UserError
 
 BATCH_ITEMS = 100
 """MLflow takes at most 100 parameters or tags a request."""
@@ -284,6 +284,8 @@ def _outcome(error: BaseException) -> tuple[str, str]:
     if isinstance(error, SystemExit) and error.code in (None, 0):
         return "FINISHED", "finished"
     message = IMAGE_FILE.sub("[image]", " ".join(str(error).split()))[:1000]
+    if isinstance(error, Pruned):
+        return "KILLED", f"pruned: {message}"
     if isinstance(error, Interrupted | KeyboardInterrupt):
         return "KILLED", f"interrupted: {message}".rstrip(": ")
     if isinstance(error, UserError):

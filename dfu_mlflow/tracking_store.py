@@ -56,7 +56,7 @@ def open_run(experiment: str, resumed_run_id: str | None, system_metrics: bool) 
     elif "MLFLOW_RUN_ID" in os.environ:
         run = mlflow.start_run(nested=True, log_system_metrics=system_metrics)
     else:
-        run = mlflow.start_run(experiment_id=_experiment_id(experiment), nested=True, log_system_metrics=system_metrics)
+        run = mlflow.start_run(experiment_id=experiment_id(experiment), nested=True, log_system_metrics=system_metrics)
     run_id = str(run.info.run_id)
     if resumed_run_id not in (None, run_id):
         MlflowClient().set_tag(run_id, RESUMES_TAG, resumed_run_id)
@@ -126,7 +126,12 @@ def _adopt_placeholder(placeholder: str | None, resumed_run_id: str) -> None:
         client.set_tag(placeholder, key, value)
 
 
-def _experiment_id(default: str) -> str:
+def experiment_id(default: str) -> str:
+    """The experiment that a new run belongs to: the active run's, `mlflow run`'s, or the one named, made if missing.
+
+    Raises:
+        UserError: for a deleted one.
+    """
     active = mlflow.active_run()
     if active is not None:
         return str(active.info.experiment_id)

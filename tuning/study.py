@@ -1,0 +1,295 @@
+"""A study that several processes work on: joined by name, resumed by the same command, ended once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import socket
+import time
+import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from filelock import FileLock
+from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from dfu_mlflow.config import RunConfig, flatten
+from dfu_mlflow.errors import Interrupted, Pruned, UserError
+from dfu_mlflow.verdict import larger_is_better
+from tuning.claims import FINISHED, budgeted, build_pruner, build_sampler, claim, heartbeat, open_database, retry
+from tuning.nested_runs import RUN_ATTRIBUTE, StudyRuns, open_runs
+from tuning.outcome import Objective
+from tuning.space import check_space, describe_space, suggest
+
+WORKER = "worker"
+POLL_S = 2.0
+SMALLER_IS_BETTER = ("seconds_per_image",)
+FREE_SECTIONS = ("tune.", "tracking.", "registry.", "checkpoint.")
+FREE = ("output_dir", "resume", "device", "data.cache_dir", "data.root", "data.manifest", "data.bounding_boxes")
+"""What processes of one study may set differently."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A study that this process takes part in.
+
+    Attributes:
+        study: Optuna's.
+        storage: its database.
+        created: did this process make it?
+    """
+
+    study: optuna.Study
+    storage: RDBStorage
+    created: bool
+
+
+def study_name(config: RunConfig) -> str:
+    """As configured, or by the kind."""
+    return config.tune.study or f"dfu-{config.tune.kind}"
+
+
+def directions(names: tuple[str, ...]) -> list[StudyDirection]:
+    """Which way each objective is better."""
+    return [
+        StudyDirection.MAXIMIZE if name not in SMALLER_IS_BETTER and larger_is_better(name) else StudyDirection.MINIMIZE
+        for name in names
+    ]
+
+
+def join(config: RunConfig, names: tuple[str, ...]) -> Joined:
+    """Open the study of this name, or make it.
+
+    Raises:
+        UserError: for a database that cannot be opened, a space that does not fit the configuration, or a study that
+            was made for something else.
+    """
+    check_space(config)
+    quiet_optuna()
+    storage = _open(config)
+    name = study_name(config)
+    try:
+        study_id = storage.create_new_study(directions(names), name)
+        created = True
+        storage.set_study_user_attr(study_id, "made_for", made_for(config, names))
+    except DuplicatedStudyError:
+        created = False
+    study = optuna.load_study(
+        study_name=name, storage=storage, pruner=build_pruner(config.tune, config.tune.epochs or config.train.epochs)
+    )
+    if not created:
+        _require_same(study, config, names)
+    return Joined(study, storage, created)
+
+
+def made_for(config: RunConfig, names: tuple[str, ...]) -> dict[str, Any]:
+    """What all processes of a study must agree on."""
+    tune = config.tune
+    settings = {
+        key: value for key, value in flatten(config).items() if key not in FREE and not key.startswith(FREE_SECTIONS)
+    }
+    settings |= {
+        f"tune.{key}": getattr(tune, key)
+        for key in ("epochs", "steps_per_epoch", "samples", "samples_per_setting", "pruner", "reduction_factor")
+    }
+    settings["tune.guidance"] = list(tune.guidance)
+    return {
+        "kind": tune.kind,
+        "objectives": list(names),
+        "space": describe_space(tune.effective_space()),
+        "source": tune.source if tune.kind == "sampling" else None,
+        "settings": settings,
+    }
+
+
+def _require_same(study: optuna.Study, config: RunConfig, names: tuple[str, ...]) -> None:
+    wanted = made_for(config, names)
+    deadline = time.monotonic() + 10.0
+    while "made_for" not in study.user_attrs and time.monotonic() < deadline:
+        time.sleep(0.2)  # the process that made the study writes it next
+    found = study.user_attrs.get("made_for")
+    if found is None:
+        raise UserError(f"--tune.study {study.study_name} was not made by `tune`: give another name")
+    differing = [
+        f"{key} was {found[key]}, is {wanted[key]}"
+        for key in ("kind", "objectives", "source", "space")
+        if found[key] != wanted[key]
+    ]
+    before, now = found["settings"], wanted["settings"]
+    differing += [
+        f"--{key} was {before.get(key)!r}, is {now[key]!r}" for key in now if before.get(key, "not set") != now[key]
+    ]
+    if differing:
+        raise UserError(
+            f"--tune.study {study.study_name} was made for something else, and its figures cannot be compared: "
+            f"{'; '.join(differing)}; give the same settings or another --tune.study"
+        )
+
+
+def quiet_optuna() -> None:
+    """Its log repeats what this program prints; heartbeats have been called experimental since 2021."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=ExperimentalWarning)
+
+
+def without_password(url: str) -> str:
+    """A database's address as it may be shown."""
+    return re.sub(r"(://[^:/@\s]+):\S*@", r"\1:***@", url)
+
+
+def _open(config: RunConfig) -> RDBStorage:
+    url, tune = config.tune.storage, config.tune
+
+    def on_stale(study: optuna.Study, trial: FrozenTrial) -> None:
+        retry(study, trial, tune.max_retries)
+
+    problem = ""
+    for attempt in range(3):
+        try:
+            with _alone(url):
+                return open_database(url, tune, on_stale)
+        except Exception as error:  # each driver has its own; two processes that make the tables at once collide
+            problem = " ".join(str(error).split())[:300]
+            time.sleep(attempt)
+    raise UserError(
+        f"--tune.storage {without_password(url)} cannot be opened: {without_password(problem)}; give "
+        "sqlite:///FILE.db, or postgresql://USER:PASSWORD@HOST/NAME of a server that runs"
+    )
+
+
+def _alone(url: str) -> AbstractContextManager[Any]:
+    """Two processes that make the tables of one SQLite file at once collide: one after the other."""
+    file = Path(url.removeprefix("sqlite:///"))
+    return FileLock(f"{file}.lock") if url.startswith("sqlite:///") and file.parent.is_dir() else nullcontext()
+
+
+class Worker:
+    """One process's part in a study.
+
+    Args:
+        config: the study's.
+        joined: the study.
+        objective: tries one setting.
+    """
+
+    def __init__(self, config: RunConfig, joined: Joined, objective: Objective) -> None:
+        self.config = config
+        self.study, self.storage = joined.study, joined.storage
+        self.objective = objective
+        self.runs: StudyRuns = open_runs(joined.study, joined.created, config.tracking.experiment)
+        self.name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
+        self.failures: list[str] = []
+        self.ran = 0
+
+    def work(self) -> None:
+        """Run trials until the budget is spent and every trial of it, also of other processes, has ended.
+
+        Raises:
+            UserError: after several trials in a row without a figure.
+            Interrupted: when asked to stop; the trial is queued again.
+        """
+        budget, told = self.config.tune.trials, False
+        with self.leaving():
+            while True:
+                optuna.storages.fail_stale_trials(self.study)
+                number = claim(self.study, self.storage, budget)
+                if number is not None:
+                    self.run(number)
+                    continue
+                open_trials = [t.number for t in budgeted(self.study, budget) if t.state not in FINISHED]
+                if not open_trials:
+                    return
+                if not told:
+                    print(f"waiting for trials of other processes: {', '.join(map(str, open_trials))}", flush=True)
+                    told = True
+                time.sleep(POLL_S)
+
+    @contextmanager
+    def leaving(self) -> Iterator[None]:
+        """A process that stops early ends the study's run, unless others work on."""
+        try:
+            yield
+        except BaseException as error:
+            self.runs.close_orphans(self.study)
+            if not self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+                self.runs.close("KILLED" if stopped else "FAILED", " ".join(str(error).split())[:1000] or "stopped")
+            raise
+
+    def run(self, number: int) -> None:
+        """One trial from its nested run to its end."""
+        study_id = self.storage.get_study_id_from_name(self.study.study_name)
+        trial_id = self.storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        self.ran += 1
+        self.study.sampler = build_sampler(self.config.tune, number)
+        with heartbeat(self.storage, trial_id, self.config.tune.heartbeat_s):
+            trial = optuna.Trial(self.study, trial_id)
+            frozen = self.study.get_trials(deepcopy=False)[number]
+            run_id = self.runs.open_trial(number, RetryHeartbeatStaleTrialCallback.retried_trial_number(frozen))
+            trial.set_user_attr(RUN_ATTRIBUTE, run_id)
+            trial.set_user_attr(WORKER, self.name)
+            try:
+                self.attempt(trial, run_id)
+            except (KeyboardInterrupt, Interrupted):
+                self.end(trial, run_id, TrialState.FAIL, "interrupted; queued again")
+                retry(self.study, self.study.get_trials(deepcopy=False)[number])
+                raise
+            except Exception as error:
+                if not isinstance(error, UserError):
+                    logger.exception("trial %d", number)
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                self.end(trial, run_id, TrialState.FAIL, reason)
+                self.count_failure(reason)
+        self.tidy()
+
+    def attempt(self, trial: optuna.Trial, run_id: str) -> None:
+        """Draw values, try them, tell the study."""
+        values = suggest(trial, self.config)
+        self.runs.values(run_id, values)
+        try:
+            outcome = self.objective(trial, values, run_id)
+        except Pruned as error:
+            self.end(trial, run_id, TrialState.PRUNED, str(error))
+            return
+        for key, value in (outcome.facts | {"intervals": outcome.intervals}).items():
+            trial.set_user_attr(key, value)
+        self.end(trial, run_id, TrialState.COMPLETE, "finished", outcome.values)
+        self.failures.clear()
+
+    def end(
+        self, trial: optuna.Trial, run_id: str, state: TrialState, reason: str, values: tuple[float, ...] | None = None
+    ) -> None:
+        """Tell the study and MLflow how a trial ended; one that others gave up meanwhile stays given up."""
+        told = self.study.tell(trial, values, state, skip_if_finished=True)
+        self.runs.close_trial(run_id, told.state, reason)
+        shown = "" if values is None else f" {', '.join(f'{value:.4g}' for value in values)}"
+        print(
+            f"trial {trial.number}: {told.state.name}{shown}{'' if reason == 'finished' else f', {reason}'}", flush=True
+        )
+
+    def count_failure(self, reason: str) -> None:
+        """Stop when no setting works: then it is not the settings."""
+        self.failures.append(reason)
+        if len(self.failures) >= self.config.tune.max_failures:
+            raise UserError(f"{len(self.failures)} trials in a row gave no figure (--tune.max_failures): {reason}")
+
+    def tidy(self) -> None:
+        """Keep the weights of the best trial only: a study of SDXL would fill any disk."""
+        trials = self.study.get_trials(deepcopy=False, states=FINISHED)
+        complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+        best = {trial.number for trial in (self.study.best_trials if complete else [])}
+        for trial in trials:
+            if "folder" in trial.user_attrs and trial.number not in best:
+                shutil.rmtree(Path(trial.user_attrs["folder"]) / "sampler", ignore_errors=True)

@@ -1,0 +1,85 @@
+"""What a study says in words: its best settings with intervals, and which of them cannot be told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+SHOWN = 10
+
+
+def best_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Complete trials, best first; of a study with several objectives those on the Pareto front, by the first."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if not complete:
+        return []
+    sign = -1.0 if study.directions[0] == StudyDirection.MAXIMIZE else 1.0
+    chosen = complete if len(study.directions) == 1 else study.best_trials
+    return sorted(chosen, key=lambda trial: (sign * trial.values[0], trial.number))
+
+
+def lines(study: optuna.Study, names: tuple[str, ...]) -> list[str]:
+    """The best settings, a line each, and what their intervals allow to say."""
+    best = best_trials(study)
+    counts = {state: len(study.get_trials(deepcopy=False, states=(state,))) for state in TrialState}
+    ended = ", ".join(f"{count} {state.name.lower()}" for state, count in counts.items() if count)
+    if not best:
+        return [f"no trial has a figure ({ended})"]
+    kind = "best" if len(names) == 1 else "not beaten in every objective"
+    text = [f"{ended}; {kind}:"]
+    for trial in best[:SHOWN]:
+        figures = ", ".join(_figure(trial, number, name) for number, name in enumerate(names))
+        text.append(f"  trial {trial.number}: {figures}; {settings_text(trial)}")
+    return [*text, told_apart(best, names[0])]
+
+
+def settings_text(trial: FrozenTrial) -> str:
+    """A trial's settings as flags; a training's guidance with them."""
+    values: dict[str, Any] = dict(trial.params)
+    if "guidance_scale" in trial.user_attrs:
+        values["sampling.guidance_scale"] = trial.user_attrs["guidance_scale"]
+    return " ".join(f"--{name} {_text(value)}" for name, value in values.items())
+
+
+def told_apart(best: list[FrozenTrial], name: str) -> str:
+    """Which settings the first one is better than, by intervals that do not overlap."""
+    first = best[0]
+    interval = _interval(first, name)
+    if len(best) == 1:
+        return f"only trial {first.number} is there to compare"
+    if interval is None:
+        return f"{name} has no interval here: whether the settings differ cannot be told"
+    alike = []
+    for trial in best[1:SHOWN]:
+        other = _interval(trial, name)
+        if other is None or (other[0] <= interval[1] and interval[0] <= other[1]):
+            alike.append(str(trial.number))
+    if not alike:
+        return f"trial {first.number} is better than the others by {name}: the 95 % intervals do not overlap"
+    return (
+        f"trial {first.number} cannot be told apart from trial {', '.join(alike)} by {name}: their 95 % intervals "
+        "overlap (more pictures a trial narrow them: --tune.samples)"
+    )
+
+
+def _interval(trial: FrozenTrial, name: str) -> tuple[float, float] | None:
+    intervals: Mapping[str, Any] = trial.user_attrs.get("intervals", {})
+    return (float(intervals[name][0]), float(intervals[name][1])) if name in intervals else None
+
+
+def _figure(trial: FrozenTrial, number: int, name: str) -> str:
+    interval = _interval(trial, name)
+    ends = "" if interval is None else f" [{interval[0]:.4g}, {interval[1]:.4g}]"
+    return f"{name} {trial.values[number]:.4g}{ends}"
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
