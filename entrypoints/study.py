@@ -1,0 +1,21 @@
+"""`mlflow run . -e study`: a factorial of named factors -> what each does, with intervals."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from dfu_mlflow import entry
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Work on the study and print what it says; 0 when done."""
+    options, flags = entry.split(arguments, {"plan": "seed_claims", "config": "tiny"})
+    from tuning.ablation.study import study
+
+    print("\n".join(study(options["plan"], options["config"], flags)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(entry.run(main))

@@ -1,0 +1,112 @@
+"""`study` end to end on a base of random weights: nested runs, going on after a stop, bad plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+import tuning.ablation.study as module
+from dfu_mlflow.config import RunConfig
+from dfu_mlflow.config.load import dump_yaml, validate
+from dfu_mlflow.config.study import PLANS, read_plan
+from dfu_mlflow.errors import UserError
+from tuning.ablation.runs import lay_out
+from tuning.ablation.study import study
+
+PLAN = {
+    "factors": {
+        "rate": {"low": {"train.learning_rate": 1e-4}, "high": {"train.learning_rate": 3e-2}},
+        "guidance": {"1": {"sampling.guidance_scale": 1.0}, "3": {"sampling.guidance_scale": 3.0}},
+        "weights": {"live": {"weights": "live"}, "ema": {"weights": "ema"}},
+    },
+    "common": {"train.epochs": 1, "ema.decay": 0.999, "ema.warmup": False},
+    "seeds": [0, 1],
+    "headlines": ["kid"],
+}
+
+
+@pytest.fixture
+def files(
+    small_config_at: Callable[[Path], RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, str]]:
+    """(plan, configuration) as files; runs go to a store of their own."""
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(PLAN, sort_keys=False), encoding="utf-8")
+    (tmp_path / "config.yaml").write_text(dump_yaml(small_config_at(tmp_path)), encoding="utf-8")
+    yield "plan.yaml", "config.yaml"
+    mlflow.set_tracking_uri(None)
+
+
+def test_a_study_goes_on_where_it_was_stopped(files: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, config = files
+    trained: list[int] = []
+    real = module.run_training
+
+    def stop_after_two(config: RunConfig, **rest: object) -> object:
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(config.seed)
+        return real(config, **rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "run_training", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        study(plan, config, [])
+    monkeypatch.setattr(module, "run_training", real)
+    said = study(plan, config, [])
+    assert said[0].startswith("kid (smaller is better; 4 trainings)")
+    assert [line.split(":")[0].strip() for line in said[1:4]] == ["rate", "guidance", "weights"], said
+    client = MlflowClient()
+    runs = client.search_runs(["0", "1"])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    assert (len(parents), len(children)) == (1, 4)
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert {(run.data.tags["factor.rate"], run.data.tags["factor.seed"]) for run in children} == {
+        (level, seed) for level in ("low", "high") for seed in ("0", "1")
+    }
+    assert "effect/kid/weights" in parents[0].data.metrics
+    page = Path(client.download_artifacts(parents[0].info.run_id, "report.html")).read_text(encoding="utf-8")
+    assert "guidance: 1 → 3" in page
+
+
+def test_every_built_in_plan_can_be_configured() -> None:
+    for path in PLANS.glob("*.yaml"):
+        experiment = lay_out(read_plan(path.stem, {}), validate(RunConfig, {}))
+        assert len(experiment.runs()) >= 4
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"factors": {"rate": {"a": {"train.learning_rte": 1}, "b": {"train.learning_rate": 2}}}}, "learning_rte"),
+        ({"factors": {"rate": {"a": {"train.learning_rate": -1}, "b": {"train.learning_rate": 2}}}}, "greater than 0"),
+        ({"factors": {"rate": {"a": {"train.learning_rate": 1}}}}, "has 1 levels"),
+        ({"factors": {"shown": {"a": {"weights": "best"}, "b": {"weights": "ema"}}}}, "live or ema"),
+        ({"factors": {"f": {"a": {"weights": "live"}, "b": {"weights": "ema", "seed": 1}}}}, "needs a training"),
+        ({"fraction": "half"}, "half fraction of 1"),
+        ({"repeats": 3}, "repeats"),
+        ({"seeds": [0, 0]}, "named once"),
+    ],
+)
+def test_plans_that_cannot_be_worked_with(files: tuple[str, str], change: dict[str, object], said: str) -> None:
+    Path("plan.yaml").write_text(yaml.safe_dump(PLAN | change, sort_keys=False), encoding="utf-8")
+    with pytest.raises(UserError, match=said):
+        study(*files, [])
+
+
+def test_another_studys_folder_is_refused(files: tuple[str, str]) -> None:
+    Path("out").mkdir()
+    Path("out/study.json").write_text('{"format": 1, "facts": {}, "parent": null, "runs": []}', encoding="utf-8")
+    with pytest.raises(UserError, match="holds another study"):
+        study(*files, [])
+
+
+def test_a_plan_that_is_not_there(files: tuple[str, str]) -> None:
+    with pytest.raises(UserError, match="neither a file nor one of control, seed_claims"):
+        study("seed_claim", files[1], [])
