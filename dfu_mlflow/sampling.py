@@ -178,7 +178,7 @@ class Sampler:
 
     def settings_with(self, guidance_scale: float | None, num_inference_steps: int | None) -> Settings:
         """The defaults with what was asked for in their place."""
-        wanted = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+        wanted: dict[str, Any] = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
         return replace(self.settings, **{name: value for name, value in wanted.items() if value is not None})
 
     @torch.no_grad()

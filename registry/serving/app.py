@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import quote
 
 import numpy as np
@@ -139,6 +139,7 @@ def _service(request: Request) -> Service:
     return service
 
 
+_Service = Annotated[Service, Depends(_service)]
 _probes = APIRouter()
 _drawing = APIRouter(responses=PROBLEMS)
 
@@ -163,7 +164,7 @@ def health() -> dict[str, str]:
 
 
 @_probes.get("/ready")
-def ready(response: Response, service: Service = Depends(_service)) -> dict[str, str]:
+def ready(response: Response, service: _Service) -> dict[str, str]:
     """200 while pictures can be drawn, else 503."""
     if not service.batcher.alive:
         response.status_code = 503
@@ -172,13 +173,13 @@ def ready(response: Response, service: Service = Depends(_service)) -> dict[str,
 
 
 @_drawing.get("/metrics", response_class=Response)
-def metrics(service: Service = Depends(_service)) -> Response:
+def metrics(service: _Service) -> Response:
     """Meters in Prometheus's text format."""
     return Response(service.meters.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @_drawing.get("/v1/model")
-def model(service: Service = Depends(_service)) -> dict[str, Any]:
+def model(service: _Service) -> dict[str, Any]:
     """The version that draws, its classes, its settings, and what a request may ask for."""
     served, limits = service.versions.current, service.limits
     return {
@@ -198,7 +199,7 @@ def model(service: Service = Depends(_service)) -> dict[str, Any]:
     response_model=Pictures,
     responses={200: {"content": {"image/png": {}}, "description": "rows; or the picture, where one is asked for"}},
 )
-async def images(wanted: ImageRequest, request: Request, service: Service = Depends(_service)) -> Any:
+async def images(wanted: ImageRequest, request: Request, service: _Service) -> Any:
     """Draw synthetic pictures. With `Accept: image/png` a single one comes as it is, seed and model in headers."""
     if request.headers.get("accept", "").split(",")[0].split(";")[0].strip() != "image/png":
         return Pictures(rows=await service.rows(wanted, request))
@@ -210,7 +211,7 @@ async def images(wanted: ImageRequest, request: Request, service: Service = Depe
 
 
 @_drawing.post("/invocations")
-async def invocations(wanted: Invocation, request: Request, service: Service = Depends(_service)) -> Predictions:
+async def invocations(wanted: Invocation, request: Request, service: _Service) -> Predictions:
     """The same for programs written for `mlflow models serve`."""
     return Predictions(predictions=await service.rows(wanted.request(), request))
 

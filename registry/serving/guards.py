@@ -1,4 +1,7 @@
-"""What stands before every request: the token and the size of the body. Plain ASGI, so that a client's leaving is seen."""
+"""What stands before every request: the token and the size of the body.
+
+Plain ASGI: Starlette's middleware on classes hides it when a client leaves.
+"""
 
 from __future__ import annotations
 
@@ -54,9 +57,7 @@ class TokenGuard:
         if self.expected is None or scope["path"] in OPEN_PATHS or self._knows(scope):
             await self.app(scope, receive, send_with_headers)
             return
-        refusal = _problem(
-            401, "this server wants the header `Authorization: Bearer TOKEN` with the token of DFU_TOKEN"
-        )
+        refusal = _problem(401, "this server wants the header `Authorization: Bearer TOKEN` with DFU_TOKEN's value")
         refusal.headers["www-authenticate"] = "Bearer"
         await refusal(scope, receive, send_with_headers)
 

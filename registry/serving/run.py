@@ -27,6 +27,7 @@ def serve(config: ServeConfig) -> None:
         UserError: for an address that cannot be had or should not be without a token, or a model that does not load.
     """
     token = read_token(config.serve)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # bars would bury the log's lines
     with listen(config.serve) as listener:
         server = build_server(config, token)
         host, port = listener.getsockname()[:2]

@@ -65,7 +65,7 @@ class Invocation(BaseModel):
         given = [shape for shape in shapes if shape is not None]
         if len(given) != 1:
             raise HTTPException(422, "give one of dataframe_records, dataframe_split, inputs and instances")
-        (rows,) = given
+        rows: Any = given[0]
         if isinstance(rows, dict):
             try:
                 rows = [dict(zip(rows["columns"], line, strict=True)) for line in rows["data"]]
