@@ -69,6 +69,12 @@ class ExponentialMovingAverage:
 
 @torch.no_grad()
 def copy_into(weights: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
-    """Copy values into weights by name, on the weights' own device and dtype."""
+    """Copy values into weights by name, on the weights' own device and dtype.
+
+    Raises:
+        RuntimeError: for a value of another shape: `copy_` would repeat a small one over the whole weight.
+    """
     for name, weight in weights.items():
+        if values[name].shape != weight.shape:
+            raise RuntimeError(f"{name} is {tuple(values[name].shape)}, not {tuple(weight.shape)}")
         weight.copy_(values[name])

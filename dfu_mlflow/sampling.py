@@ -7,7 +7,7 @@ the image's own seed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -74,7 +74,18 @@ def build_scheduler(config: dict[str, Any], name: str, prediction_type: str | No
     return kinds[name].from_config(config, **change)
 
 
-def _draw_batch(pipe: Pipeline, told: dict[str, Any], seeds: Sequence[int], settings: Settings) -> np.ndarray:
+def _draw_batch(
+    pipe: Pipeline,
+    told: dict[str, Any],
+    seeds: Sequence[int],
+    settings: Settings,
+    between_steps: Callable[[], None] | None = None,
+) -> np.ndarray:
+    def after_step(*_: Any) -> dict[str, Any]:
+        if between_steps is not None:
+            between_steps()
+        return {}
+
     edge = settings.resolution_px // pipe.vae_scale_factor
     shape = (int(pipe.unet.config.in_channels), edge, edge)
     sources = [generator(seed, "image") for seed in seeds]
@@ -93,6 +104,7 @@ def _draw_batch(pipe: Pipeline, told: dict[str, Any], seeds: Sequence[int], sett
             guidance_rescale=settings.guidance_rescale,
             num_inference_steps=settings.num_inference_steps,
             output_type="pt",
+            callback_on_step_end=after_step,
         ).images
     finally:
         pipe.scheduler = kept
@@ -160,14 +172,14 @@ class Sampler:
             raise UserError(f"unknown class {', '.join(unknown)}: this model draws {', '.join(self.classes)}")
         if len(labels) != len(seeds):
             raise UserError(f"{len(labels)} labels but {len(seeds)} seeds: give one seed an image")
-        change: dict[str, Any] = {}
-        if guidance_scale is not None:
-            change["guidance_scale"] = guidance_scale
-        if num_inference_steps is not None:
-            change["num_inference_steps"] = num_inference_steps
-        settings = Settings(**{**asdict(self.settings), **change})
+        settings = self.settings_with(guidance_scale, num_inference_steps)
         ids = torch.tensor([self.classes.index(label) for label in labels])
         return self.generate(ids, seeds, settings)
+
+    def settings_with(self, guidance_scale: float | None, num_inference_steps: int | None) -> Settings:
+        """The defaults with what was asked for in their place."""
+        wanted: dict[str, Any] = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+        return replace(self.settings, **{name: value for name, value in wanted.items() if value is not None})
 
     @torch.no_grad()
     def generate(
@@ -176,6 +188,7 @@ class Sampler:
         seeds: Sequence[int],
         settings: Settings | None = None,
         between_batches: Callable[[], None] | None = None,
+        between_steps: Callable[[], None] | None = None,
     ) -> np.ndarray:
         """Draw one image for each (class id, seed).
 
@@ -183,6 +196,7 @@ class Sampler:
             class_ids: int64 [N].
             settings: None takes the defaults.
             between_batches: called before each batch; raises to stop.
+            between_steps: called after each solver step; raises to stop.
 
         Returns:
             uint8 [N, H, W, 3].
@@ -193,7 +207,7 @@ class Sampler:
                 between_batches()
             rows = slice(start, start + self.batch_size)
             told = self.conditioner.sampling(class_ids[rows])
-            images.append(_draw_batch(self.pipe, told, seeds[rows], settings or self.settings))
+            images.append(_draw_batch(self.pipe, told, seeds[rows], settings or self.settings, between_steps))
         return np.concatenate(images)
 
     @classmethod
