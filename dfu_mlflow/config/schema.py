@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from dfu_mlflow.config.gates import GatesConfig
 from dfu_mlflow.config.measures import EvaluationConfig, MemorisationConfig, MetricsConfig, UtilityConfig
 from dfu_mlflow.config.section import Fraction, NotNegative, Positive, Section
 
@@ -204,6 +205,8 @@ class RegistryConfig(Section):
     register_model: bool = True
     name: str = "dfu-sampler"
     alias: str = "challenger"
+    promote: bool = False
+    """Put the registered version through the gate (section `gates`) at once, as `promote` does."""
 
 
 class RunConfig(Section):
@@ -230,6 +233,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     registry: RegistryConfig = RegistryConfig()
+    gates: GatesConfig = GatesConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
