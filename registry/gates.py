@@ -140,10 +140,8 @@ def findings(evidence: Evidence, gates: GatesConfig) -> Answer:
     counts = {"findings": float(len(evidence.findings)), "blockers": float(len(blocking))}
     if not blocking:
         return Answer("findings", True, f"{len(evidence.findings)} findings, none blocks", counts)
-    said = "; ".join(
-        f"{each.get('id')}: {each.get('explanation', '')} {each.get('fix', '')}".strip() for each in blocking
-    )
-    return Answer("findings", False, f"diagnose found what blocks: {said}", counts)
+    said = "; ".join(" ".join(str(each.get(key, "")) for key in ("id", "explanation", "fix")) for each in blocking)
+    return Answer("findings", False, f"diagnose found what blocks: {' '.join(said.split())}", counts)
 
 
 def success(evidence: Evidence, gates: GatesConfig) -> Answer:
