@@ -12,11 +12,14 @@ import sys
 
 
 def main(uri: str) -> None:
-    import mlflow.pyfunc
+    import mlflow
     import numpy as np
     import pandas as pd
     from PIL import Image
 
+    flavor = mlflow.models.get_model_info(uri).flavors["python_function"]
+    if "python_model" in flavor and not str(flavor.get("model_code_path", "")).endswith(".py"):
+        sys.exit(f"its {flavor['python_model']} is a pickle, which runs whatever it holds: it is not opened")
     model = mlflow.pyfunc.load_model(uri)
     classes = list(model.unwrap_python_model().sampler.classes)
     answers = model.predict(pd.DataFrame({"phase": classes, "seed": range(len(classes))}))

@@ -20,6 +20,7 @@ from dfu_mlflow.evaluation_run import Origin
 from dfu_mlflow.preparation import Material
 from dfu_mlflow.subject import Subject, open_subject, with_settings
 from registry.aliases import CHAMPION, Overtaken, crown, roll_back, version_at, write_tags
+from registry.card import with_gate
 from registry.clean_process import CleanTrial, try_version
 from registry.evaluate import configuration
 from registry.gates import Answer, Evidence, judge, loads
@@ -138,6 +139,7 @@ def _challenge(name: str, version: int, champion: int | None, stated: Tree) -> P
     if not all(answer.passed for answer in answers):
         return _refuse(name, version, champion, answers, tags)
     crown(name, version, champion, tags | _answer_tags(answers, "promoted"))
+    _describe(name, version, answers)
     before = f"in place of version {champion}, which is @previous" if champion else "the first one"
     said = (*_told(answers), f"{name} version {version} is the champion, {before}")
     return Promotion(name, version, champion, True, answers, said)
@@ -147,6 +149,7 @@ def _refuse(
     name: str, version: int, champion: int | None, answers: tuple[Answer, ...], tags: Mapping[str, str]
 ) -> Promotion:
     write_tags(name, version, dict(tags) | _answer_tags(answers, "refused"))
+    _describe(name, version, answers)
     failed = ", ".join(answer.clause for answer in answers if not answer.passed)
     stays = "there is no champion" if champion is None else f"version {champion} stays the champion"
     said = (*_told(answers), f"refused by {failed}: {name} version {version} is not promoted, {stays}")
@@ -220,13 +223,14 @@ def read_findings(run_id: str) -> list[dict[str, Any]] | None:
 
 
 def _contest_tags(contest: Contest, champion: int | None) -> dict[str, str]:
-    """Every figure of both sides, and what they were measured by."""
+    """Every figure of both sides, and what they were measured by; floors are the same for both."""
+    own = {name: value for name, value in contest.rival_figures.items() if "_floor" not in name}
     return {
         "gate.protocol": contest.protocol,
         "gate.run_id": contest.result.run_id,
         "gate.rival": "base" if champion is None else str(champion),
         **{f"gate/{name}": repr(float(value)) for name, value in contest.result.figures.items()},
-        **{f"gate/champion/{name}": repr(float(value)) for name, value in contest.rival_figures.items()},
+        **{f"gate/champion/{name}": repr(float(value)) for name, value in own.items()},
         **{f"gate.note.{name}": text for name, text in contest.notes.items()},
     }
 
@@ -238,6 +242,13 @@ def _answer_tags(answers: Sequence[Answer], status: str) -> dict[str, str]:
     for answer in answers:
         tags |= {f"gate/{answer.clause}/{name}": repr(float(value)) for name, value in answer.figures.items()}
     return tags | {"gate.status": status}
+
+
+def _describe(name: str, version: int, answers: Sequence[Answer]) -> None:
+    """The gate's words join the model card in the version's description."""
+    client = MlflowClient()
+    card = client.get_model_version(name, str(version)).description or ""
+    client.update_model_version(name, str(version), with_gate(card, _told(answers)))
 
 
 def _told(answers: Sequence[Answer]) -> tuple[str, ...]:

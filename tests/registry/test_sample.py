@@ -174,8 +174,7 @@ class Killed(BaseException):
     """Stands for the end of the process: nothing may catch it."""
 
 
-@pytest.mark.parametrize("survived", [0, 1, 3])
-@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.parametrize(("survived", "torn"), [(0, False), (1, False), (1, True), (3, True)])
 def test_a_run_that_was_cut_short_ends_like_an_unbroken_one(
     trained: tuple[RunConfig, RegisteredSampler],
     unbroken: dict[str, bytes],
@@ -240,7 +239,7 @@ def test_copies_and_false_colours_are_told_from_new_pictures(trained: tuple[RunC
     checks = PictureChecks(photographs, ("copy", "colour"))
     training = evaluation_pixels(split.train[:8], own.data).numpy()
     assert [verdict.rejected for verdict in checks(training)] == ["copy"] * 8
-    assert [verdict.rejected for verdict in checks(training[:, :, ::-1])] == ["copy"] * 8, "mirrored"
+    assert [verdict.rejected for verdict in checks(training[:, :, ::-1].copy())] == ["copy"] * 8, "mirrored"
     others = evaluation_pixels(split.held_out, own.data).numpy()
     new = checks(others)
     assert sum(verdict.rejected == "" for verdict in new) >= 0.9 * len(new)
