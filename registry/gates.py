@@ -9,6 +9,8 @@ from typing import Any
 
 from dfu_mlflow.config.gates import GatesConfig
 from dfu_mlflow.config.measures import MemorisationConfig
+from dfu_mlflow.errors import UserError
+from dfu_mlflow.metrics.catalogue import ALWAYS, METRICS, figure_names, metrics_of
 from dfu_mlflow.metrics.comparison import Comparison
 from dfu_mlflow.verdict import larger_is_better, success_verdict
 from registry.clean_process import CleanTrial
@@ -164,6 +166,28 @@ def clauses(gates: GatesConfig) -> tuple[Clause, ...]:
         (gates.success is not None, success),
     )
     return tuple(clause for enabled, clause in wanted if enabled)
+
+
+def check_metrics(gates: GatesConfig) -> None:
+    """Refuse a figure that no evaluation gives, before one is made.
+
+    Raises:
+        UserError: naming those that can be compared.
+    """
+    figures: set[str] = set()
+    by_class: set[str] = set()
+    for extractor in ALWAYS:
+        metrics = metrics_of(extractor, thorough=True)
+        names = figure_names(extractor, metrics)
+        for metric in (METRICS[name] for name in metrics):
+            figures |= {names.get(figure, figure) for figure, way in metric.figures.items() if way != "neither"}
+            by_class |= {names.get(figure, figure) for figure in metric.by_class}
+    for flag, metric, known in (
+        ("quality", gates.quality.metric, figures),
+        ("classes", gates.classes.metric, by_class),
+    ):
+        if metric not in known:
+            raise UserError(f"--gates.{flag}.metric {metric}: give one of {', '.join(sorted(known))}")
 
 
 def judge(evidence: Evidence, gates: GatesConfig) -> tuple[Answer, ...]:

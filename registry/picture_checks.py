@@ -12,7 +12,6 @@ from dfu_mlflow.config import RunConfig
 from dfu_mlflow.data import dataset_digest
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.memorisation import MemorisationProbe
-from dfu_mlflow.metrics.extractors.efficientnet import efficientnet_lite0
 from dfu_mlflow.metrics.extractors.files import Unavailable
 from dfu_mlflow.metrics.extractors.pixels import STATISTICS, colour_statistics
 from dfu_mlflow.metrics.extractors.sscd import sscd
@@ -62,9 +61,9 @@ class Photographs:
             raise UserError("the photographs at hand are not those, or not the split, that the version was trained on")
         material = prepare(config, source)
         material.pipe.to(material.device)
-        extractors: dict[str, Features] = {
-            "efficientnet_lite0": efficientnet_lite0(config.metrics.extractor_size_px, material.device)
-        }
+        # Pixels, and SSCD where it is at hand. EfficientNet finds next to no copy that pixels overlook (see
+        # `metrics.coarse_pixels`) and would make the first picture wait for 4 features of every photograph.
+        extractors: dict[str, Features] = {}
         known = sscd(config.metrics.sscd_weights, material.device)
         if not isinstance(known, Unavailable):
             extractors["sscd"] = known

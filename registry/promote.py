@@ -23,7 +23,7 @@ from registry.aliases import CHAMPION, Overtaken, crown, roll_back, version_at, 
 from registry.card import with_gate
 from registry.clean_process import CleanTrial, try_version
 from registry.evaluate import configuration
-from registry.gates import Answer, Evidence, judge, loads
+from registry.gates import Answer, Evidence, check_metrics, judge, loads
 from registry.source import Located, locate, resolve_version
 
 REFUSED_CODE = 3
@@ -129,6 +129,7 @@ def _challenge(name: str, version: int, champion: int | None, stated: Tree) -> P
     challenger = locate(uri)
     tree = merge({"output_dir": OUTPUT_DIR}, stated)
     config = configuration(challenger, tree)
+    check_metrics(config.gates)
     trial = try_version(uri, config.gates.loads.timeout_s) if config.gates.loads.enabled else None
     if trial is not None and not trial.passed:  # nothing else can be asked of it
         return _refuse(name, version, champion, (loads(Evidence(trial, config.memorisation), config.gates),), {})

@@ -9,10 +9,11 @@ import pytest
 
 from dfu_mlflow.config.gates import GatesConfig
 from dfu_mlflow.config.measures import MemorisationConfig
+from dfu_mlflow.errors import UserError
 from dfu_mlflow.metrics.comparison import compare
 from dfu_mlflow.types import Estimate
 from registry.clean_process import CleanTrial
-from registry.gates import Answer, Evidence, clauses, judge
+from registry.gates import Answer, Evidence, check_metrics, clauses, judge
 
 NOT_WORSE = Estimate(0.01, -0.02, 0.04)
 WORSE = Estimate(0.05, 0.02, 0.08)
@@ -126,3 +127,10 @@ def test_a_class_with_few_pictures_passes_and_is_named() -> None:
 def test_switched_off_clauses_are_not_asked() -> None:
     off = {name: {"enabled": False} for name in ("loads", "quality", "classes", "memorisation", "findings")}
     assert clauses(gates(**off)) == ()
+
+
+@pytest.mark.parametrize(("section", "said"), [("quality", "cmmd, contrast_w1"), ("classes", "contrast_w1, coverage")])
+def test_a_figure_that_no_evaluation_gives_is_told_early(section: str, said: str) -> None:
+    check_metrics(gates())
+    with pytest.raises(UserError, match=f"--gates.{section}.metric nonsense: give one of .*{said}"):
+        check_metrics(gates(**{section: {"metric": "nonsense"}}))
