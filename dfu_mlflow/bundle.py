@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from dfu_mlflow.base.load import resolve_base
@@ -23,12 +23,14 @@ class BundleSource:
         prompts: class label -> prompt.
         settings: sampling defaults.
         shown: `live` or `ema`.
+        base_digests: part of the base -> SHA-256 of its weights; what a base that is only referred to is held to.
     """
 
     weights: Path
     prompts: Mapping[str, str]
     settings: Settings
     shown: str
+    base_digests: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_bundle(folder: Path, config: RunConfig, source: BundleSource) -> Path:
@@ -45,7 +47,7 @@ def write_bundle(folder: Path, config: RunConfig, source: BundleSource) -> Path:
     shutil.copyfile(source.weights, folder / "weights.safetensors")
     facts = {
         "format": FORMAT,
-        "base": {"bundled": bundled, "source": config.base_model},
+        "base": {"bundled": bundled, "source": config.base_model, "digests": dict(source.base_digests)},
         "adapter": config.adapter.model_dump(mode="json"),
         "shown": source.shown,
         "prompts": dict(source.prompts),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 
 from dfu_mlflow.config.load import dump_yaml
@@ -15,6 +16,7 @@ from dfu_mlflow.errors import UserError
 from dfu_mlflow.evaluator import flatten
 from dfu_mlflow.interrupt import StopRequest
 from dfu_mlflow.memorisation import MemorisationProbe, membership
+from dfu_mlflow.metrics.comparison import Comparison
 from dfu_mlflow.metrics.extractors.files import Unavailable
 from dfu_mlflow.metrics.extractors.sscd import sscd
 from dfu_mlflow.panels import build_panels
@@ -28,7 +30,7 @@ from dfu_mlflow.runtime import provenance
 from dfu_mlflow.sightings import Observer, Sighting, check_subject
 from dfu_mlflow.subject import Subject
 from dfu_mlflow.tracking import Tracker, track
-from dfu_mlflow.types import Estimate
+from dfu_mlflow.types import Estimate, Pipeline
 from dfu_mlflow.utility import utility
 
 HEADLINES = ("fid", "fd", "kid")
@@ -73,7 +75,10 @@ class EvaluationResult:
 
 
 def run_evaluation(
-    config: RunConfig, origin: Origin, open_subject: Callable[[RunConfig, Material], Subject]
+    config: RunConfig,
+    origin: Origin,
+    open_subject: Callable[[RunConfig, Material], Subject],
+    also: Callable[[Evaluation, Sighting, Sighting], None] | None = None,
 ) -> EvaluationResult:
     """Measure a subject as thoroughly as weights at hand allow, beside the untouched base.
 
@@ -81,6 +86,7 @@ def run_evaluation(
         config: photographs, base, metrics.
         origin: links for MLflow.
         open_subject: opens what is evaluated, once photographs and base are known to be good.
+        also: called with the base and the subject as they were seen, to measure more inside the same MLflow run.
 
     Raises:
         UserError: for input that cannot be worked with.
@@ -92,7 +98,7 @@ def run_evaluation(
         subject = open_subject(config, material)
         config = fitting(config, subject)
         check_subject(config, material, subject)
-        use_precision(config, material, subject)
+        use_precision(config, material.device, material.pipe, *([subject.sampler.pipe] if subject.sampler else []))
         observer = Observer(config, material, build_panels(config, material, thorough=True), stop.check)
         with track(config) as tracker:
             evaluation = Evaluation(config, observer, tracker, origin)
@@ -100,13 +106,15 @@ def run_evaluation(
             base = evaluation.show(BASE_STEP, observer.base())
             seen = evaluation.show(SUBJECT_STEP, observer.subject(subject, base))
             evaluation.probe(subject, seen)
+            if also is not None:
+                also(evaluation, base, seen)
             return evaluation.conclude(subject, base, seen)
 
 
-def use_precision(config: RunConfig, material: Material, subject: Subject) -> None:
-    """Run the UNets under `train.mixed_precision`, as training's own evaluations do: figures come out as they did."""
-    accelerator = Accelerator(cpu=material.device.type == "cpu", mixed_precision=config.train.mixed_precision)
-    for pipe in [material.pipe, *([subject.sampler.pipe] if subject.sampler else [])]:
+def use_precision(config: RunConfig, device: torch.device, *pipes: Pipeline) -> None:
+    """Run UNets under `train.mixed_precision`, as training's own evaluations do: figures come out as they did."""
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=config.train.mixed_precision)
+    for pipe in pipes:
         accelerator.prepare_model(pipe.unet, device_placement=False, evaluation_mode=True)
 
 
@@ -130,6 +138,7 @@ class Evaluation:
         self.figures: dict[str, float] = {}
         self.sections: list[Section] = []
         self.notes = dict(observer.panels.notes)
+        self.said: list[str] = []
 
     def describe(self, subject: Subject) -> None:
         """Log what is evaluated, before anything is drawn."""
@@ -206,7 +215,7 @@ class Evaluation:
 
     def conclude(self, subject: Subject, base: Sighting, seen: Sighting) -> EvaluationResult:
         """Compare with the base, link the figures to the model, write the report."""
-        sentences = (*self.split_sentence(), *self.sentences(base, seen))
+        sentences = (*self.split_sentence(), *self.sentences(base, seen), *self.said)
         if self.origin.model_id is not None:
             self.tracker.link(self.origin.model_id, SUBJECT_STEP, seen.figures | self.figures)
         for report in seen.reports:
@@ -248,17 +257,20 @@ class Evaluation:
 
     def sentences(self, base: Sighting, seen: Sighting) -> tuple[str, ...]:
         """The subject against the untouched base on equal seeds, figure by figure."""
-        panels, class_ids = self.observer.panels.panels, seen.drawn.class_ids[seen.drawn.counted]
-        found: list[str] = []
-        paired = seen.seeded and base.seeded
-        for number, panel in enumerate(panels):
-            now, before = seen.features[number], base.features[number]
-            if paired and len(now) == len(before) >= panel.reference.size:
-                compared = panel.reference.compare(now, before, class_ids)
-                found += [
-                    f"Against the untouched base, {compared[name].sentence}." for name in HEADLINES if name in compared
-                ]
-        return tuple(found)
+        compared = self.paired(seen, base)
+        names = [name for name in HEADLINES if name in compared]
+        return tuple(f"Against the untouched base, {compared[name].sentence}." for name in names)
+
+    def paired(self, now: Sighting, before: Sighting) -> dict[str, Comparison]:
+        """Two sources of pictures on equal seeds: figure -> comparison, `LABEL/figure` for each class; empty where they
+        do not pair."""
+        class_ids = now.drawn.class_ids[now.drawn.counted]
+        found: dict[str, Comparison] = {}
+        for number, panel in enumerate(self.observer.panels.panels):
+            first, second = now.features[number], before.features[number]
+            if now.seeded and before.seeded and len(first) == len(second) >= panel.reference.size:
+                found |= panel.reference.compare(first, second, class_ids)
+        return found
 
     def settings(self, subject: Subject) -> dict[str, str]:
         """What a person compares evaluations by."""

@@ -14,7 +14,7 @@ from dfu_mlflow.metrics.closest_pairs import write_closest_pairs
 from dfu_mlflow.metrics.coarse_pixels import IDENTITY, coarse_pixels
 from dfu_mlflow.metrics.copies import TrainingAppearances
 from dfu_mlflow.metrics.membership import MemberLosses, membership_auc
-from dfu_mlflow.metrics.memorisation import MemorisationReference, MemorisationReport
+from dfu_mlflow.metrics.memorisation import MemorisationReference, MemorisationReport, Suspect
 from dfu_mlflow.objective import Objective
 from dfu_mlflow.photograph_features import Features, PhotographFeatures, feature_rows
 from dfu_mlflow.preparation import Material
@@ -57,6 +57,11 @@ class MemorisationProbe:
         """Judge pictures uint8 [M, H, W, 3]."""
         pictures = torch.from_numpy(images)
         return self.reference.report({name: each(pictures) for name, each in self.extractors.items()}, membership)
+
+    def suspects(self, images: np.ndarray) -> tuple[Suspect, ...]:
+        """Each of the pictures uint8 [M, H, W, 3] beside its nearest photograph, in their order."""
+        pictures = torch.from_numpy(images)
+        return self.reference.suspects({name: each(pictures) for name, each in self.extractors.items()})
 
     def write_pairs(self, folder: Path, report: MemorisationReport, images: np.ndarray) -> Path | None:
         """The likeliest copies beside the photographs they resemble, for a person; None where none are asked for."""

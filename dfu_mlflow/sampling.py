@@ -6,8 +6,8 @@ the image's own seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from dfu_mlflow.base.adapters import attach
-from dfu_mlflow.base.load import load_base
+from dfu_mlflow.base.load import load_base, part_digest
 from dfu_mlflow.conditioning import Conditioner, encode_prompts
 from dfu_mlflow.config.schema import AdapterConfig
 from dfu_mlflow.documents import read_document
@@ -126,6 +126,22 @@ def put_weights(pipe: Pipeline, adapter: AdapterConfig, file: Path) -> None:
     pipe.unet.requires_grad_(False).eval()
 
 
+def require_same_base(pipe: Pipeline, base: Mapping[str, Any], adapter: AdapterConfig) -> None:
+    """A base that a bundle refers to must be the one it was trained on: a name on a hub can come to mean another.
+
+    Raises:
+        UserError: naming the parts that differ.
+    """
+    digests = {
+        part: digest for part, digest in base.get("digests", {}).items() if part != "unet" or adapter.method == "lora"
+    }
+    other = [part for part, digest in digests.items() if part_digest(getattr(pipe, part)) != digest]
+    if other:
+        raise UserError(
+            f"base {base['source']} is another one than this model was trained on: {', '.join(other)} differ"
+        )
+
+
 class Sampler:
     """A fine-tuned model that draws pictures by class label: what the registry packages and serves.
 
@@ -219,7 +235,10 @@ class Sampler:
         """
         facts = read_document(bundle / BUNDLE, "sampler")
         pipe = load_base(str(bundle / "base") if facts["base"]["bundled"] else facts["base"]["source"])
-        put_weights(pipe, AdapterConfig.model_validate(facts["adapter"]), bundle / "weights.safetensors")
+        adapter = AdapterConfig.model_validate(facts["adapter"])
+        if not facts["base"]["bundled"]:
+            require_same_base(pipe, facts["base"], adapter)
+        put_weights(pipe, adapter, bundle / "weights.safetensors")
         conditioner = encode_prompts(pipe, facts["prompts"], facts["negative_prompt"])
         target = pick_device(device)
         pipe.to(target)

@@ -277,7 +277,8 @@ class TrainingRun:
         bundle = self.folder / "sampler"
         shutil.rmtree(bundle, ignore_errors=True)
         file = store.folder / name / ("ema.safetensors" if shown == "ema" else "weights.safetensors")
-        write_bundle(bundle, self.config, BundleSource(file, self.material.source.prompts, self.settings, shown))
+        prompts, digests = self.material.source.prompts, self.material.digests
+        write_bundle(bundle, self.config, BundleSource(file, prompts, self.settings, shown, digests))
         success = self.config.evaluation.success
         series = self.history.series(f"eval/{success.metric}") if success else {}
         verdict = success_verdict(success, series, self.config.train.epochs)

@@ -9,13 +9,16 @@ from dfu_mlflow import entry
 from dfu_mlflow.config import load
 from registry.sample import SampleConfig, sample
 
+INCOMPLETE_CODE = 3
+"""Exit code where so many pictures were dropped that some are missing."""
+
 
 def main(arguments: Sequence[str]) -> int:
-    """Draw and say where the pictures are."""
+    """Draw and say where the pictures are; 0, or 3 where some are missing."""
     options, flags = entry.split(arguments, {"config": ""})
-    manifest = sample(load(SampleConfig, options["config"] or None, flags))
-    print(f"written: {manifest}")
-    return 0
+    done = sample(load(SampleConfig, options["config"] or None, flags))
+    print("\n".join([*done.sentences, f"written: {done.manifest}"]))
+    return 0 if done.complete else INCOMPLETE_CODE
 
 
 if __name__ == "__main__":

@@ -22,7 +22,11 @@ def main(arguments: Sequence[str]) -> int:
     from dfu_mlflow.pipeline import run_training
     from registry.publish import publish
 
-    run_training(config, publish=lambda result: publish(result, config))
+    result = run_training(config, publish=lambda result: publish(result, config))
+    if config.registry.promote and config.registry.register_model:
+        from registry.promote import promote_run
+
+        print("\n".join(promote_run(result.run_id, config).sentences))
     return 0
 
 

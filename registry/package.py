@@ -17,8 +17,13 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from dfu_mlflow.config import RunConfig
+from dfu_mlflow.sampling import BUNDLE
+from registry.card import DESCRIPTION_CHARACTERS, CardFacts, model_card
+from registry.source import data_digest
 
 ROOT = Path(__file__).resolve().parent.parent
+CARD = "README.md"
+"""The model card's file in the bundle; the version's description holds it too."""
 CODE = ("dfu_mlflow", "registry")
 CODE_SUFFIXES = (".py", ".yaml")
 """The rest of the packages is weights and data: what the sampler needs of them is in its bundle."""
@@ -67,7 +72,9 @@ def register_sampler(
         metrics: figures of the checkpoint; become tags of the version, so that gates read them without the run.
         tags: further tags of the version, e.g. `metric_identity`.
     """
-    facts = json.loads((bundle / "sampler.json").read_text(encoding="utf-8"))
+    facts = json.loads((bundle / BUNDLE).read_text(encoding="utf-8"))
+    card = model_card(CardFacts(config.registry.name, facts, run_id, data_digest(run_id), metrics, tags))
+    (bundle / CARD).write_text(card, encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         info = Model.log(
             artifact_path=None,
@@ -84,7 +91,9 @@ def register_sampler(
         )
     figures = {key: repr(float(value)) for key, value in metrics.items()}
     version = mlflow.register_model(info.model_uri, config.registry.name, tags={**figures, **tags})
-    MlflowClient().set_registered_model_alias(config.registry.name, config.registry.alias, version.version)
+    client = MlflowClient()
+    client.update_model_version(config.registry.name, version.version, card[:DESCRIPTION_CHARACTERS])
+    client.set_registered_model_alias(config.registry.name, config.registry.alias, version.version)
     uri = f"models:/{version.name}/{version.version}"
     return RegisteredSampler(str(version.name), int(version.version), uri)
 

@@ -27,6 +27,7 @@ def publish(result: TrainingResult, config: RunConfig) -> None:
         f"registered {version.name} version {version.version} as @{config.registry.alias}\n\n"
         "Next:\n"
         "  mlflow ui                                              compare runs, look at the samples by epoch\n"
+        f"  mlflow run . -e promote -P model={uri} --env-manager uv\n"
         f"  mlflow run . -e sample -P model={uri} --env-manager uv\n"
         f"  mlflow models serve -m {uri} --env-manager local"
     )

@@ -1,31 +1,49 @@
-"""A registered model -> a class-balanced folder of synthetic images with a manifest."""
+"""A registered model -> a folder of synthetic pictures with a manifest: seeded, filtered, and resumable."""
 
 from __future__ import annotations
 
-import base64
-import csv
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Self
 
-import mlflow.pyfunc
-import pandas as pd
-from mlflow.exceptions import MlflowException
-from pydantic import Field
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from pydantic import Field, model_validator
 from tqdm import tqdm
 
+from dfu_mlflow.config import RunConfig
+from dfu_mlflow.config.load import merge, validate
 from dfu_mlflow.config.section import Positive, Section
 from dfu_mlflow.errors import UserError
+from dfu_mlflow.interrupt import StopRequest
 from dfu_mlflow.runtime import derive_seed
-from registry.source import resolve_version
+from dfu_mlflow.sampling import Sampler
+from registry.picture_checks import COLOUR, COPY, Photographs, PictureChecks, Verdict
+from registry.sample_folder import MANIFEST, SampleFolder, check_folder
+from registry.source import Located, locate, resolve_version
 
-ROWS_PER_CALL = 64
-COLUMNS = ("path", "class", "seed", "model")
+SYNTHETIC = "synthetic picture of a generative model, no photograph; not for diagnosis"
 
 
 class CountSection(Section):
-    """How many pictures."""
+    """How many pictures, and which are dropped."""
 
     per_class: Positive = 8
+    counts: dict[str, Annotated[int, Field(ge=0)]] | None = None
+    """Class label -> how many, e.g. {I: 10, R: 3}; classes that are not named get none. None takes `per_class`."""
+    max_images: Positive = 100_000
+    """More are refused: a typing error fills no disk."""
+    batch_size: Positive | None = None
+    """Pictures drawn at a time; None takes the model's own."""
+    filter_copies: bool = True
+    """Drop and draw again what is nearer to a training photograph than chance explains; needs the photographs."""
+    filter_colour: bool = True
+    """The same for colours outside the photographs' range, and for pictures of one colour."""
+    max_draws_ratio: Annotated[float, Field(ge=1.0, le=100.0)] = 5.0
+    """Pictures drawn for each one wanted, after which a class is given up as it is."""
 
 
 class SampleConfig(Section):
@@ -35,57 +53,230 @@ class SampleConfig(Section):
     """Any registered sampler: `models:/NAME@ALIAS` or `models:/NAME/VERSION`."""
     output_dir: Path = Path("outputs/samples")
     seed: int = 0
+    device: str = "auto"
     guidance_scale: Annotated[float, Field(ge=0.0)] | None = None
     """None takes the model's own."""
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     sample: CountSection = CountSection()
+    data: dict[str, Any] = Field(default_factory=dict)
+    """Where the training photographs are, if not where they were in training: the section `data` of `train`."""
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    memorisation: dict[str, Any] = Field(default_factory=dict)
+    """When a picture counts as a copy: the sections of `train`."""
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        wanted = self.sample.per_class if self.sample.counts is None else sum(self.sample.counts.values())
+        if wanted > self.sample.max_images:
+            raise ValueError(
+                f"{wanted:,} pictures are more than --sample.max_images {self.sample.max_images:,}: ask for fewer, or "
+                "raise it"
+            )
+        return self
 
 
-def sample(config: SampleConfig) -> Path:
-    """Draw `sample.per_class` pictures of each class into OUTPUT_DIR/CLASS/SEED.png, and write `manifest.csv`.
+@dataclass(frozen=True)
+class Sampled:
+    """How it ended.
 
-    Returns:
-        The manifest: path, class, seed, model.
+    Attributes:
+        manifest: path, class, seed, settings, model and similarity of each picture.
+        sentences: how many were drawn, kept and dropped.
+        complete: whether every class has as many pictures as were asked for.
+    """
+
+    manifest: Path
+    sentences: tuple[str, ...]
+    complete: bool
+
+
+def sample(config: SampleConfig) -> Sampled:
+    """Draw pictures into OUTPUT_DIR/CLASS/SEED.png; a folder that the same command left unfinished is gone on with.
 
     Raises:
-        UserError: for a model that is not registered, or a folder that holds other pictures.
+        UserError: for a model that is not registered, classes it does not know, photographs that are not at hand while
+            copies are to be filtered, or a folder that holds other pictures.
+        Interrupted: after Ctrl-C or SIGTERM; what is drawn stays.
     """
-    manifest = config.output_dir / "manifest.csv"
-    if manifest.exists():
-        raise UserError(f"--output_dir {config.output_dir} holds samples already: give another folder")
+    located = _locate(config.model)
+    sampler = Sampler.load(located.folder, config.device)
+    counts = _counts(config.sample, sampler.classes)
+    photographs, notes = _photographs(config, located)
+    settings = _settings(config, sampler, str(located.version), counts)
+    settings["photographs"] = None if photographs is None else photographs.digest
+    check_folder(config.output_dir, settings)
+    filters = [name for name, on in ((COPY, config.sample.filter_copies), (COLOUR, config.sample.filter_colour)) if on]
+    with StopRequest() as stop, SampleFolder(config.output_dir, settings) as folder:
+        filling = Filling(sampler, PictureChecks(photographs, filters), folder, settings)
+        with tqdm(total=sum(counts.values()), unit="image") as bar:
+            for label, count in counts.items():
+                filling.fill(label, count, stop, bar)
+    return Sampled(config.output_dir / MANIFEST, (*notes, *filling.sentences(counts)), filling.complete(counts))
+
+
+class Filling:
+    """Fills a folder class by class, batch by batch.
+
+    Candidates of a class are numbered; the first `count` are drawn, then as many as were dropped, and so on. Batches
+    are cut from these rounds alike every time, so a folder that was gone on with equals one drawn in one go.
+    """
+
+    def __init__(
+        self, sampler: Sampler, checks: PictureChecks, folder: SampleFolder, settings: Mapping[str, Any]
+    ) -> None:
+        self.sampler, self.checks, self.folder, self.settings = sampler, checks, folder, settings
+        self.known = folder.decided()
+        self.decided: dict[tuple[str, int], bool] = {}
+        self.reused = 0
+
+    def fill(self, label: str, count: int, stop: StopRequest, bar: Any) -> None:
+        """Draw until `count` pictures of a class are kept, or too many were drawn for it."""
+        for numbers in self._batches(label, count):
+            keys = [(label, number) for number in numbers]
+            if all(key in self.known for key in keys):
+                self.decided |= {key: self.known[key] for key in keys}
+                self.reused += len(keys)
+            else:
+                stop.check()
+                if self.known:  # the first batch that is not whole ends what can be used of an earlier attempt
+                    self.folder.forget(self.decided)
+                    self.known = {}
+                self.decided |= self._draw(label, numbers)
+            bar.update(sum(self.decided[key] for key in keys))
+
+    def kept(self, label: str) -> int:
+        """Pictures of a class so far."""
+        return sum(keep for (own, _), keep in self.decided.items() if own == label)
+
+    def complete(self, counts: Mapping[str, int]) -> bool:
+        """Whether nothing is missing."""
+        return all(self.kept(label) == count for label, count in counts.items())
+
+    def sentences(self, counts: Mapping[str, int]) -> tuple[str, ...]:
+        """How many were drawn, kept and dropped, and what is missing."""
+        kept = sum(self.decided.values())
+        said = [f"{len(self.decided)} drawn, {kept} kept, {len(self.decided) - kept} dropped (see rejected.csv)"]
+        if self.reused:
+            said.append(f"{self.reused} of them were there from an earlier attempt")
+        short = [
+            f"{label} {self.kept(label)} of {count}" for label, count in counts.items() if self.kept(label) < count
+        ]
+        if short:
+            limit = f"{self.settings['max_draws_ratio']:g}"
+            said.append(f"too many were dropped ({', '.join(short)}) within --sample.max_draws_ratio {limit}")
+        return tuple(said)
+
+    def _batches(self, label: str, count: int) -> Iterator[range]:
+        start, most = 0, int(count * float(self.settings["max_draws_ratio"]))
+        size = int(self.settings["batch_size"])
+        while (missing := count - self.kept(label)) > 0 and start < most:
+            end = min(start + missing, most)
+            yield from (range(first, min(first + size, end)) for first in range(start, end, size))
+            start = end
+
+    def _draw(self, label: str, numbers: range) -> dict[tuple[str, int], bool]:
+        class_id = self.sampler.classes.index(label)
+        seeds = [picture_seed(int(self.settings["seed"]), class_id, number) for number in numbers]
+        guidance, steps = float(self.settings["guidance_scale"]), int(self.settings["num_inference_steps"])
+        images = self.sampler.draw([label] * len(seeds), seeds, guidance, steps)
+        pictures: dict[str, bytes] = {}
+        kept: list[dict[str, object]] = []
+        rejected: list[dict[str, object]] = []
+        for number, seed, image, verdict in zip(numbers, seeds, images, self.checks(images), strict=True):
+            facts = {"class": label, "seed": seed, "number": number}
+            if verdict.rejected:
+                rejected.append({**facts, "reason": verdict.rejected, "explanation": verdict.reason})
+                continue
+            row = self._row(facts, verdict)
+            pictures[str(row["path"])] = png_with_facts(image, {key: row[key] for key in row if key != "path"})
+            kept.append(row)
+        self.folder.write(pictures, kept, rejected)
+        dropped = {row["number"] for row in rejected}
+        return {(label, number): number not in dropped for number in numbers}
+
+    def _row(self, facts: Mapping[str, object], verdict: Verdict) -> dict[str, object]:
+        shown = ("guidance_scale", "num_inference_steps", "scheduler", "model")
+        similarity = "" if verdict.similarity is None else f"{verdict.similarity:.4f}"
+        return {
+            "path": f"{facts['class']}/{facts['seed']}.png",
+            **facts,
+            **{name: self.settings[name] for name in shown},
+            "nearest_similarity": similarity,
+            "nearest_features": verdict.features,
+        }
+
+
+def picture_seed(seed: int, class_id: int, number: int) -> int:
+    """Seed of the candidate `number` of a class, below 2^32."""
+    return derive_seed(seed, "sample", class_id, number) % 2**32
+
+
+def png_with_facts(image: np.ndarray, facts: Mapping[str, object]) -> bytes:
+    """PNG of an image uint8 [H, W, 3] with text chunks that say what it is and how it was drawn."""
+    chunks = PngInfo()
+    chunks.add_text("Comment", SYNTHETIC)
+    for name, value in facts.items():
+        chunks.add_text(f"dfu:{name}", str(value))
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format="PNG", pnginfo=chunks)
+    return file.getvalue()
+
+
+def _locate(model: str) -> Located:
+    if not model.startswith("models:/") or model.startswith("models:/m-"):
+        raise UserError(f"--model {model}: give models:/NAME@ALIAS or models:/NAME/VERSION")
     try:
-        name = resolve_version(config.model)
-        model = mlflow.pyfunc.load_model(f"models:/{name}", model_config={"model": name})
-    except (MlflowException, OSError) as error:
-        raise UserError(f"--model {config.model} cannot be loaded: {str(error).splitlines()[0]}") from None
-    classes = model.unwrap_python_model().sampler.classes
-    rows = [
-        {"phase": label, "seed": derive_seed(config.seed, "sample", class_id, number) % 2**32}
-        for class_id, label in enumerate(classes)
-        for number in range(config.sample.per_class)
-    ]
-    wanted = {"guidance_scale": config.guidance_scale, "num_inference_steps": config.num_inference_steps}
-    params = {name: value for name, value in wanted.items() if value is not None}
-    lines = []
-    with tqdm(total=len(rows), unit="image") as bar:
-        for start in range(0, len(rows), ROWS_PER_CALL):
-            answers = model.predict(pd.DataFrame(rows[start : start + ROWS_PER_CALL]), params=params)
-            lines += [_write(config.output_dir, answer) for answer in answers.to_dict("records")]
-            bar.update(len(answers))
-    with manifest.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(lines)
-    return manifest
+        return locate(f"models:/{resolve_version(model)}")
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--model {model} cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
-def _write(folder: Path, answer: dict[str, object]) -> dict[str, object]:
-    path = folder / str(answer["phase"]) / f"{answer['seed']}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(base64.b64decode(str(answer["image"])))
+def _counts(section: CountSection, classes: tuple[str, ...]) -> dict[str, int]:
+    counts = section.counts or dict.fromkeys(classes, section.per_class)
+    unknown = sorted(set(counts) - set(classes))
+    if unknown:
+        raise UserError(f"--sample.counts: unknown class {', '.join(unknown)}: this model draws {', '.join(classes)}")
+    if sum(counts.values()) > section.max_images:
+        total = f"{sum(counts.values()):,}"
+        raise UserError(
+            f"{total} pictures are more than --sample.max_images {section.max_images:,}: ask for fewer, or raise it"
+        )
+    return {label: counts[label] for label in classes if counts.get(label)}
+
+
+def _settings(config: SampleConfig, sampler: Sampler, model: str, counts: Mapping[str, int]) -> dict[str, Any]:
+    """Everything that decides which pictures lie in the folder."""
+    own = sampler.settings
+    guidance, steps = config.guidance_scale, config.num_inference_steps
     return {
-        "path": path.relative_to(folder),
-        "class": answer["phase"],
-        "seed": answer["seed"],
-        "model": answer["model"],
+        "model": model,
+        "seed": config.seed,
+        "counts": dict(counts),
+        "guidance_scale": own.guidance_scale if guidance is None else guidance,
+        "num_inference_steps": own.num_inference_steps if steps is None else steps,
+        "scheduler": own.scheduler,
+        "batch_size": config.sample.batch_size or sampler.batch_size,
+        "filter_copies": config.sample.filter_copies,
+        "filter_colour": config.sample.filter_colour,
+        "max_draws_ratio": config.sample.max_draws_ratio,
+        "memorisation": config.memorisation,
     }
+
+
+def _photographs(config: SampleConfig, located: Located) -> tuple[Photographs | None, tuple[str, ...]]:
+    """The version's training photographs; where they are not at hand, None and a sentence, if copies may pass."""
+    stated = {"data": config.data, "metrics": config.metrics, "memorisation": config.memorisation}
+    try:
+        if located.configuration is None and not config.data:
+            raise UserError("the version does not tell which photographs it was trained on")
+        own = merge(located.configuration or {}, {"device": config.device, "resume": "none"})
+        return Photographs(validate(RunConfig, merge(own, stated)), located.data_digest), ()
+    except UserError as error:
+        if config.sample.filter_copies:
+            raise UserError(
+                f"copies of training photographs cannot be told without them ({error}): say where they are with "
+                "--data.root, or --sample.filter_copies false to let copies pass"
+            ) from None
+        return None, (f"similarity to training photographs was not measured, copies may be among these: {error}",)

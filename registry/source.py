@@ -82,6 +82,12 @@ def resolve_version(uri: str) -> str:
     return f"{name}/{MlflowClient().get_model_version_by_alias(name, alias).version}" if alias else name
 
 
+def data_digest(run_id: str) -> str | None:
+    """Of the photographs and the split that a run was given, as MLflow keeps it; None where it was given none."""
+    inputs = MlflowClient().get_run(run_id).inputs
+    return str(inputs.dataset_inputs[0].dataset.digest) if inputs and inputs.dataset_inputs else None
+
+
 def _sampler_of(run_id: str) -> str:
     """Id of the model that was packaged at the end of a run, the newest if there are several."""
     client = MlflowClient()
@@ -113,9 +119,8 @@ def _model(model_id: str, version: str | None) -> Located:
     if not bundles:
         raise UserError(f"model {model_id} holds no sampler of this project ({BUNDLE})")
     run_id = str(model.source_run_id)
-    inputs = client.get_run(run_id).inputs
-    digest = str(inputs.dataset_inputs[0].dataset.digest) if inputs and inputs.dataset_inputs else None
-    return Located(bundles[0].parent, _run_configuration(run_id), run_id, model_id, version, digest)
+    folder, own = bundles[0].parent, _run_configuration(run_id)
+    return Located(folder, own, run_id, model_id, version, data_digest(run_id))
 
 
 def _run_configuration(run_id: str) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ class SuccessConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.below is None) == (self.above is None):
-            raise ValueError("evaluation.success needs exactly one of below and above")
+            raise ValueError("a success criterion needs exactly one of below and above")
         return self
 
 
@@ -91,7 +91,7 @@ class MemorisationConfig(Section):
     max_copy_excess: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Copies are found when the lower end of their excess is above this."""
     max_membership_auc: Annotated[float, Field(ge=0.5, le=1.0)] = 0.6
-    """Lower end of the membership AUC above which the registry warns."""
+    """Lower end of the membership AUC above which the registry refuses a champion."""
     membership_images: Annotated[int, Field(ge=10)] = 120
     """Photographs on each side whose losses are compared."""
     pairs: Annotated[int, Field(ge=0)] = 24

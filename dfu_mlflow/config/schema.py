@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from dfu_mlflow.config.gates import GatesConfig
 from dfu_mlflow.config.measures import EvaluationConfig, MemorisationConfig, MetricsConfig, UtilityConfig
 from dfu_mlflow.config.section import Fraction, NotNegative, Positive, Section
 from dfu_mlflow.config.tuning import TuneConfig
@@ -205,6 +206,8 @@ class RegistryConfig(Section):
     register_model: bool = True
     name: str = "dfu-sampler"
     alias: str = "challenger"
+    promote: bool = False
+    """Put the registered version through the gate (section `gates`) at once, as `promote` does."""
 
 
 class RunConfig(Section):
@@ -232,6 +235,7 @@ class RunConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     registry: RegistryConfig = RegistryConfig()
     tune: TuneConfig = TuneConfig()
+    gates: GatesConfig = GatesConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

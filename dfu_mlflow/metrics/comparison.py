@@ -45,7 +45,7 @@ def compare(figure: str, difference: Estimate, better: Better, pictures: int) ->
 
     Args:
         figure: its name.
-        difference: first less second, see `Reference.difference`.
+        difference: first less second, paired as `Reference.compare` pairs them.
         better: which way is better.
         pictures: compared on each side.
     """

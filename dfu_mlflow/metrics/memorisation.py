@@ -131,6 +131,11 @@ class MemorisationReference:
             notes["suspects"] = f"{below} of {count} pictures are nearer than the threshold: look at the closest pairs"
         return MemorisationReport(values, decided, because, suspects, self.identity, notes)
 
+    def suspects(self, generated: Mapping[str, torch.Tensor]) -> tuple[Suspect, ...]:
+        """Each generated picture beside its nearest photograph, in the pictures' order; features as for `report`."""
+        found = {name: reference.neighbours(generated[name]) for name, reference in self.references.items()}
+        return tuple(sorted(self._suspects(found), key=lambda each: each.generated))
+
     def _decide(self, values: Mapping[str, Estimate]) -> tuple[bool, str]:
         excess = {name: values[f"{name}/copy_excess"] for name in self.references}
         worst = max(excess, key=lambda name: excess[name].low or 0.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,7 +27,7 @@ from dfu_mlflow.metrics.comparison import (
 )
 from dfu_mlflow.metrics.floors import floors
 from dfu_mlflow.metrics.matching import FeatureRows, matched_rows, proportional_counts, row_order
-from dfu_mlflow.metrics.metric import Better
+from dfu_mlflow.metrics.metric import Better, Metric
 from dfu_mlflow.metrics.pair import Pair, generated_rows
 from dfu_mlflow.types import Estimate, EvalReport
 
@@ -150,10 +150,11 @@ class Reference:
         self._add_class_accuracy(report, features, class_ids)
         return report
 
-    def difference(self, first: torch.Tensor, second: torch.Tensor, class_ids: torch.Tensor) -> dict[str, Estimate]:
-        """Each figure of `first` less that of `second` [M, D], generated from the same seeds, row for row.
+    def compare(self, first: torch.Tensor, second: torch.Tensor, class_ids: torch.Tensor) -> dict[str, Comparison]:
+        """Say by each figure whether `first` is better than `second`, generated from the same seeds, row for row.
 
-        Much narrower than the difference of two reports: what both share (photographs, seeds) cancels.
+        Differences are much narrower than those of two reports: what both share (photographs, seeds) cancels. Figures
+        that are given by class stand there once more as `LABEL/figure`, for classes with `MIN_IMAGES` on each side.
 
         Raises:
             UserError: when there are fewer rows than are compared.
@@ -162,19 +163,26 @@ class Reference:
             raise UserError(f"{len(first)} and {len(second)} generated rows: two equal sets of {self.size} are needed")
         rows = self._generated_rows(class_ids, None)
         pairs = [Pair(self._chosen, generated_rows(each[rows], class_ids[rows])) for each in (first, second)]
-        found = {}
+        found: dict[str, Comparison] = {}
         for metric in self._metrics:
-            one, other = (metric.replicates(pair) for pair in pairs)
-            found.update({self._name(figure): (one[figure] - other[figure]).estimate() for figure in metric.figures})
+            found |= self._compared(metric, tuple(metric.figures), pairs, "")
+        if len(self.real.classes) > 1:
+            for index, label in enumerate(self.real.classes):
+                parts = [pair.of_class(index) for pair in pairs]
+                for metric in (metric for metric in self._metrics if min(parts[0].sizes) >= MIN_IMAGES):
+                    found |= self._compared(metric, metric.by_class, parts, f"{label}/")
         return found
 
-    def compare(self, first: torch.Tensor, second: torch.Tensor, class_ids: torch.Tensor) -> dict[str, Comparison]:
-        """Say by each figure whether `first` is better than `second`; arguments and errors as `difference`."""
-        better = {self._name(figure): way for metric in self._metrics for figure, way in metric.figures.items()}
+    def _compared(
+        self, metric: Metric, figures: tuple[str, ...], pairs: Sequence[Pair], prefix: str
+    ) -> dict[str, Comparison]:
+        if not figures:
+            return {}
+        one, other = (metric.replicates(pair) for pair in pairs)
+        names = {figure: f"{prefix}{self._name(figure)}" for figure in figures if metric.figures[figure] != "neither"}
         return {
-            figure: compare(figure, difference, better[figure], self.size)
-            for figure, difference in self.difference(first, second, class_ids).items()
-            if better[figure] != "neither"
+            name: compare(name, (one[figure] - other[figure]).estimate(), metric.figures[figure], min(pairs[0].sizes))
+            for figure, name in names.items()
         }
 
     def _name(self, figure: str) -> str:

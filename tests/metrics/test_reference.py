@@ -229,11 +229,12 @@ def test_fixed_names_stand_beside_those_that_say_what_they_are() -> None:
 def test_difference_on_the_same_seeds() -> None:
     reference = Reference(real_features(), settings())
     made = rows(20, 2)
-    found = reference.difference(made.features + 0.6, made.features + 0.5, made.class_ids)
+    compared = reference.compare(made.features + 0.6, made.features + 0.5, made.class_ids)
+    found = {name: each.difference for name, each in compared.items()}
     assert found["kid"].low is not None
     assert found["kid"].low > 0
     with pytest.raises(UserError, match="two equal sets of 60"):
-        reference.difference(made.features[:30], made.features[:30], made.class_ids[:30])
+        reference.compare(made.features[:30], made.features[:30], made.class_ids[:30])
 
 
 def test_progress_in_closed_form() -> None:

@@ -45,7 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "verdict",
     ),
     ("tracking", "tracking_store"),
-    ("evaluation_run", "memorisation", "pipeline", "plan", "sightings", "training_run", "utility"),
+    ("contest", "evaluation_run", "memorisation", "pipeline", "plan", "sightings", "training_run", "utility"),
     ("registry", "tuning"),
     ("entrypoints",),
 )
