@@ -115,10 +115,11 @@ def _model(model_id: str, version: str | None) -> Located:
     run_id = str(model.source_run_id)
     inputs = client.get_run(run_id).inputs
     digest = str(inputs.dataset_inputs[0].dataset.digest) if inputs and inputs.dataset_inputs else None
-    return Located(bundles[0].parent, _run_configuration(run_id), run_id, model_id, version, digest)
+    return Located(bundles[0].parent, run_configuration(run_id), run_id, model_id, version, digest)
 
 
-def _run_configuration(run_id: str) -> dict[str, Any] | None:
+def run_configuration(run_id: str) -> dict[str, Any] | None:
+    """The resolved configuration that a run logged, None where it holds none."""
     client = MlflowClient()
     if not any(file.path == "config.yaml" for file in client.list_artifacts(run_id)):
         return None

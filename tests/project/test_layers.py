@@ -32,7 +32,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "batches",
-        "diagnosis",
         "evaluator",
         "history",
         "panels",
@@ -45,7 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "verdict",
     ),
     ("tracking", "tracking_store"),
-    ("evaluation_run", "memorisation", "pipeline", "plan", "sightings", "training_run", "utility"),
+    ("diagnosis", "evaluation_run", "memorisation", "pipeline", "plan", "sightings", "training_run", "utility"),
     ("registry", "tuning"),
     ("entrypoints",),
 )
