@@ -119,11 +119,12 @@ def _model(model_id: str, version: str | None) -> Located:
     if not bundles:
         raise UserError(f"model {model_id} holds no sampler of this project ({BUNDLE})")
     run_id = str(model.source_run_id)
-    folder, own = bundles[0].parent, _run_configuration(run_id)
+    folder, own = bundles[0].parent, run_configuration(run_id)
     return Located(folder, own, run_id, model_id, version, data_digest(run_id))
 
 
-def _run_configuration(run_id: str) -> dict[str, Any] | None:
+def run_configuration(run_id: str) -> dict[str, Any] | None:
+    """The resolved configuration that a run logged, None where it holds none."""
     client = MlflowClient()
     if not any(file.path == "config.yaml" for file in client.list_artifacts(run_id)):
         return None

@@ -32,7 +32,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "batches",
-        "diagnosis",
         "evaluator",
         "history",
         "panels",
@@ -45,7 +44,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "verdict",
     ),
     ("tracking", "tracking_store"),
-    ("contest", "evaluation_run", "memorisation", "pipeline", "plan", "sightings", "training_run", "utility"),
+    (
+        "contest",
+        "diagnosis",
+        "evaluation_run",
+        "memorisation",
+        "pipeline",
+        "plan",
+        "sightings",
+        "training_run",
+        "utility",
+    ),
     ("registry", "tuning"),
     ("entrypoints",),
 )

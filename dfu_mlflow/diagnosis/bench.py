@@ -1,0 +1,242 @@
+"""The heavy side of a case: base, photographs, fine-tuned weights and pictures, each loaded when first asked for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from dfu_mlflow.conditioning import Conditioner
+from dfu_mlflow.config.schema import RunConfig
+from dfu_mlflow.data import evaluation_pixels, load_split
+from dfu_mlflow.diagnosis.lacking import Lacking
+from dfu_mlflow.diagnosis.weights import Movement, WeightFiles, changes, measure
+from dfu_mlflow.errors import UserError
+from dfu_mlflow.metrics.extractors.base import NetworkExtractor
+from dfu_mlflow.metrics.extractors.efficientnet import efficientnet_lite0
+from dfu_mlflow.objective import Objective
+from dfu_mlflow.preparation import Material, prepare, read_source, sampling_settings
+from dfu_mlflow.runtime import derive_seed
+from dfu_mlflow.sampling import Sampler, Settings
+from dfu_mlflow.subject import Pictures, read_pictures
+from dfu_mlflow.types import Split
+from dfu_mlflow.validation import ValidationGrid, validation_losses
+
+Shown = Literal["live", "ema"]
+PICTURES = 48
+"""Drawn for a probe, over all classes: enough for a kernel distance with an interval, seconds on the embedded base."""
+REDRAWS = 4
+
+
+class Bench:
+    """What probes work on.
+
+    Args:
+        config: base, photographs, sampling settings.
+        files: the fine-tuned weights, or why there are none.
+        shown: which weights the run's samples came from.
+        folder: pictures that the run drew, None to draw them.
+        embeddings: file of the text embeddings that the run trained on, None where it is not given.
+        updates: optimizer updates done, None where it is not known.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        files: WeightFiles | str,
+        shown: Shown = "live",
+        folder: Path | None = None,
+        embeddings: Path | None = None,
+        updates: int | None = None,
+    ) -> None:
+        self.config = config
+        self.files = files
+        self.shown = shown
+        self.folder = folder
+        self.embeddings = embeddings
+        self.updates = updates
+        self.between_batches: Callable[[], None] = lambda: None
+        self._movement: dict[Shown, Movement] = {}
+        self._losses: dict[str, torch.Tensor] = {}
+
+    @property
+    def has_weights(self) -> bool:
+        """Fine-tuned weights were given."""
+        return isinstance(self.files, WeightFiles)
+
+    @property
+    def has_ema(self) -> bool:
+        """Averaged weights lie beside the live ones."""
+        return isinstance(self.files, WeightFiles) and self.files.ema is not None
+
+    @cached_property
+    def material(self) -> Material:
+        """Base, photographs and latents; `Lacking` where one of them cannot be had."""
+        try:
+            material = prepare(self.config, read_source(self.config))
+        except UserError as error:
+            raise Lacking(str(error)) from None
+        material.pipe.to(material.device)
+        return material
+
+    @cached_property
+    def split(self) -> Split:
+        """Photographs by side; needs no base."""
+        try:
+            return load_split(self.config.data, self.config.seed)[0]
+        except UserError as error:
+            raise Lacking(str(error)) from None
+
+    @property
+    def has_base(self) -> bool:
+        """Base and photographs can be loaded."""
+        try:
+            return bool(self.material)
+        except Lacking:
+            return False
+
+    @cached_property
+    def base(self) -> Any:
+        """The untouched base; it needs no photographs."""
+        if "material" in self.__dict__:
+            return self.material.pipe
+        from dfu_mlflow.base.load import load_base
+
+        try:
+            return load_base(self.config.base_model)
+        except UserError as error:
+            raise Lacking(str(error)) from None
+
+    def movement(self, shown: Shown) -> Movement:
+        """How far live or averaged weights have come."""
+        if shown not in self._movement:
+            self._movement[shown] = measure(self._file(shown), self.base.unet, self._files().alpha)
+        return self._movement[shown]
+
+    def unet(self, shown: Shown) -> Any:
+        """The base's UNet with the change added to it."""
+        return self._live_unet if shown == "live" else self._ema_unet
+
+    @cached_property
+    def _live_unet(self) -> Any:
+        return self._moved("live")
+
+    @cached_property
+    def _ema_unet(self) -> Any:
+        return self._moved("ema")
+
+    def sampler(self, shown: Shown, settings: Settings | None = None) -> Sampler:
+        """Draws with the fine-tuned weights, by the run's own settings."""
+        pipe = copy.copy(self.material.pipe)
+        pipe.register_modules(unet=self.unet(shown))
+        chosen = settings or sampling_settings(self.config, self.material.train)
+        return Sampler(pipe, self.material.conditioner, chosen, self.config.sampling.batch_size)
+
+    def base_sampler(self, settings: Settings | None = None) -> Sampler:
+        """Draws with the untouched base."""
+        chosen = settings or sampling_settings(self.config, self.material.train)
+        return Sampler(self.material.pipe, self.material.conditioner, chosen, self.config.sampling.batch_size)
+
+    @cached_property
+    def pictures(self) -> Pictures:
+        """What the run draws: the pictures that were given, else drawn from the weights it shows."""
+        if self.folder is not None:
+            try:
+                return read_pictures(self.folder, self.classes)
+            except UserError as error:
+                raise Lacking(str(error)) from None
+        ids, images = self.draw(self.sampler(self.shown))
+        return Pictures(images, ids, tuple(f"seed {number}" for number in range(len(images))))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class labels."""
+        return self.material.source.split.classes
+
+    def draw(self, sampler: Sampler, count: int = PICTURES) -> tuple[torch.Tensor, np.ndarray]:
+        """Class ids [N] and pictures uint8 [N, H, W, 3] from fixed seeds, classes in turn."""
+        ids = torch.arange(max(count, 2 * len(self.classes))) % len(self.classes)
+        seeds = [derive_seed(self.config.evaluation.seed, "diagnosis", number) for number in range(len(ids))]
+        return ids, sampler.generate(ids, seeds, between_batches=self.between_batches)
+
+    @cached_property
+    def photographs(self) -> torch.Tensor:
+        """Held-out photographs, uint8 [N, H, W, 3]."""
+        return evaluation_pixels(self.material.source.split.held_out, self.config.data)
+
+    @cached_property
+    def extractor(self) -> NetworkExtractor:
+        """The embedded features."""
+        return efficientnet_lite0(self.config.metrics.extractor_size_px, self.material.device)
+
+    @cached_property
+    def photograph_features(self) -> torch.Tensor:
+        """Of the held-out photographs, float64 [N, D]."""
+        return self.extractor(self.photographs)
+
+    def grid(self, seed: int | None = None) -> ValidationGrid:
+        """The validation grid of held-out photographs; another seed draws its noise anew."""
+        evaluation, factor = self.config.evaluation, float(self.material.pipe.vae.config.scaling_factor)
+        images, steps = evaluation.validation_images, evaluation.validation_timesteps
+        return ValidationGrid.build(
+            self.material.held_out, factor, images, steps, evaluation.seed if seed is None else seed
+        )
+
+    def losses(self, who: Literal["base", "live", "ema"], told: Conditioner | None = None) -> torch.Tensor:
+        """Unweighted losses of the held-out grid, float64 [M, T]; with the run's own prompts unless told others."""
+        if told is None and who in self._losses:
+            return self._losses[who]
+        pipe = self.material.pipe
+        unet = pipe.unet if who == "base" else self.unet(who)
+        objective = Objective(dict(pipe.scheduler.config), self.config.loss)
+        losses = validation_losses(
+            unet, objective, told or self.material.conditioner, self.grid(), self.between_batches
+        )
+        if told is None:
+            self._losses[who] = losses
+        return losses
+
+    def redraw_spread(self) -> float:
+        """Relative deviation of the base's loss when each image gets one random timestep and noise, over re-draws."""
+        losses = self.losses("base")
+        source = torch.Generator().manual_seed(self.config.evaluation.seed)
+        picks = [torch.randint(losses.shape[1], (len(losses), 1), generator=source) for _ in range(16 * REDRAWS)]
+        means = torch.stack([losses.gather(1, pick).mean() for pick in picks])
+        return float(means.std() / means.mean())
+
+    def with_prompts(self, texts: dict[str, str]) -> Conditioner:
+        """Other prompts, class label -> prompt, encoded as sampling does."""
+        from dfu_mlflow.conditioning import encode_prompts
+
+        return encode_prompts(self.material.pipe, texts, "").to(self.material.device)
+
+    def settings(self, **change: Any) -> Settings:
+        """The run's sampling settings with some changed."""
+        return replace(sampling_settings(self.config, self.material.train), **change)
+
+    def _files(self) -> WeightFiles:
+        if isinstance(self.files, str):
+            raise Lacking(self.files)
+        return self.files
+
+    def _file(self, shown: Shown) -> Path:
+        files = self._files()
+        if shown == "live":
+            return files.live
+        if files.ema is None:
+            raise Lacking("no averaged weights lie beside the live ones")
+        return files.ema
+
+    def _moved(self, shown: Shown) -> Any:
+        unet = copy.deepcopy(self.base.unet)
+        weights = dict(unet.named_parameters())
+        with torch.no_grad():
+            for name, (_, change) in changes(self._file(shown), self.base.unet, self._files().alpha).items():
+                weights[name].add_(change.to(weights[name]))
+        return unet.requires_grad_(False).eval()

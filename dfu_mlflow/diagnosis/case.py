@@ -1,0 +1,102 @@
+"""What is at hand about a run. Anything may be missing, with a reason; a check that needs it then says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dfu_mlflow.diagnosis.bench import Bench
+from dfu_mlflow.diagnosis.lacking import Lacking
+
+Curves = Mapping[str, Mapping[int, float]]
+"""Metric name -> step (or epoch) -> value."""
+
+
+@dataclass(frozen=True)
+class Life:
+    """Whether the run's process is still there.
+
+    Attributes:
+        status: MLflow's, such as RUNNING.
+        silent_s: seconds since it last gave a sign of life.
+    """
+
+    status: str
+    silent_s: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run under examination.
+
+    Attributes:
+        name: as the user called it.
+        settings: dotted key -> value, only what is known: all of them for a run of this project, for a foreign one
+            what its own configuration says.
+        curves: what was logged while it ran.
+        tags: MLflow's, or none.
+        life: None for what is no MLflow run.
+        bench: base, data, weights and pictures, loaded when asked for.
+        lacking: part -> why it is not at hand.
+    """
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    curves: Curves = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    life: Life | None = None
+    bench: Bench | None = None
+    lacking: Mapping[str, str] = field(default_factory=dict)
+
+    def setting(self, key: str) -> Any:
+        """The value of a setting.
+
+        Raises:
+            Lacking: where the run's configuration does not say.
+        """
+        if key not in self.settings:
+            raise Lacking(self.lacking.get("config", f"the configuration does not say {key}"))
+        return self.settings[key]
+
+    def curve(self, *names: str) -> list[tuple[int, float]]:
+        """Points of the first of these metrics that was logged, in order.
+
+        Raises:
+            Lacking: where none was.
+        """
+        for name in names:
+            if self.curves.get(name):
+                return sorted(self.curves[name].items())
+        raise Lacking(self.lacking.get("curves", f"no {' or '.join(names)} was logged"))
+
+    def last(self, *names: str) -> float:
+        """Last value of such a metric; raises as `curve`."""
+        return self.curve(*names)[-1][1]
+
+    def updates(self) -> int:
+        """Optimizer updates done.
+
+        Raises:
+            Lacking: where neither curves nor configuration tell.
+        """
+        if "step/loss" in self.curves:
+            return max(self.curves["step/loss"])
+        if "train.total_steps" in self.settings:
+            return int(self.settings["train.total_steps"])
+        if self.bench is not None and self.bench.updates is not None:
+            return self.bench.updates
+        per_epoch, epochs = self.settings.get("train.steps_per_epoch"), self.settings.get("train.epochs")
+        if per_epoch and epochs:
+            return int(per_epoch) * int(epochs)
+        raise Lacking("neither curves nor configuration say how many updates were made")
+
+    def ready(self) -> Bench:
+        """Base, data, weights and pictures.
+
+        Raises:
+            Lacking: where probes were not asked for.
+        """
+        if self.bench is None:
+            raise Lacking(self.lacking.get("bench", "neither base nor checkpoint is at hand"))
+        return self.bench

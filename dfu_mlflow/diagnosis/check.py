@@ -1,0 +1,49 @@
+"""The one interface of all checks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from dfu_mlflow.diagnosis.case import Case
+from dfu_mlflow.diagnosis.finding import CannotRun, Evidence, Finding, Healthy, Outcome, Severity
+from dfu_mlflow.diagnosis.lacking import Lacking
+from dfu_mlflow.errors import UserError
+
+Cost = Literal["cheap", "probe"]
+
+
+class Check(ABC):
+    """Looks for one entry of the catalogue.
+
+    Attributes:
+        id: the catalogue's name.
+        needs: what it looks at, for a person; it takes what of it is at hand.
+        cost: `cheap` reads configuration and curves, `probe` loads the model.
+    """
+
+    id: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]]
+    cost: ClassVar[Cost]
+
+    def run(self, case: Case) -> Outcome:
+        """Examine the case; what is not at hand becomes a reason, never an error."""
+        try:
+            return self.examine(case)
+        except (Lacking, UserError) as reason:
+            return CannotRun(" ".join(str(reason).split()))
+
+    @abstractmethod
+    def examine(self, case: Case) -> Finding | Healthy:
+        """Look.
+
+        Raises:
+            Lacking: when something it needs is not at hand.
+        """
+
+    def found(
+        self, severity: Severity, confidence: float, evidence: Evidence, explanation: str, fix: Mapping[str, Any]
+    ) -> Finding:
+        """A finding of this check."""
+        return Finding(self.id, severity, confidence, evidence, explanation, fix)

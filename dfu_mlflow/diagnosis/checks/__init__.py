@@ -1,0 +1,1 @@
+"""One file a check; `dfu_mlflow.diagnosis.catalogue` lists them."""

@@ -1,0 +1,53 @@
+"""A validation loss that jumps because its timesteps and noise are drawn anew each time."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dfu_mlflow.diagnosis.case import Case
+from dfu_mlflow.diagnosis.check import Check
+from dfu_mlflow.diagnosis.finding import Figure, Finding, Healthy
+from dfu_mlflow.diagnosis.lacking import Lacking
+
+FEW = 5
+NOISY = 0.06
+"""Median change from one evaluation to the next after the trend is taken off, as a share of the loss.
+
+The founding run's 0.109, 0.095, 0.081, 0.095, 0.105, 0.074 jump by 0.15; on a fixed grid the embedded base's loss stays
+within 0.01 of a smooth curve.
+"""
+
+
+class NoisyValidation(Check):
+    """Epoch-to-epoch change beside its trend; with the model at hand, the spread over re-draws."""
+
+    id = "noisy_validation"
+    needs = ("val/loss over at least five evaluations", "the model, for re-draws")
+    cost = "cheap"
+
+    def examine(self, case: Case) -> Finding | Healthy:
+        """Second differences cancel a smooth curve and keep noise: their size is sqrt(6) times the noise's."""
+        points = [value for epoch, value in case.curve("val/loss", "validation/loss", "val_loss") if epoch > 0]
+        if len(points) < FEW:
+            raise Lacking(f"{len(points)} validation losses, {FEW} are needed to see noise")
+        values = np.array(points)
+        noise = float(np.median(np.abs(np.diff(values, n=2))) / 6**0.5 * 1.4826 / values.mean())
+        evidence = {
+            "noise": Figure(noise, f"below {NOISY} of the loss"),
+            "median_step": Figure(float(np.median(np.abs(np.diff(values))) / values.mean())),
+        }
+        if noise < NOISY:
+            return Healthy(evidence)
+        if case.bench is not None and case.bench.has_base:
+            evidence["spread_over_redraws"] = Figure(
+                case.bench.redraw_spread(), "what one draw of timesteps and noise an image would add"
+            )
+        return self.found(
+            "warning",
+            0.85,
+            evidence,
+            f"The validation loss jumps by {100 * noise:.0f} % from one evaluation to the next, more than it learns: "
+            "it is "
+            "measured at random timesteps. Keep images, timesteps and noise fixed and compare by timestep.",
+            {"evaluation.validation_timesteps": 8, "evaluation.validation_images": 64},
+        )

@@ -1,0 +1,61 @@
+"""Ranks that wait for each other, mostly in a metric that only some of them compute."""
+
+from __future__ import annotations
+
+from dfu_mlflow.diagnosis.case import Case
+from dfu_mlflow.diagnosis.check import Check
+from dfu_mlflow.diagnosis.finding import Figure, Finding, Healthy
+from dfu_mlflow.diagnosis.lacking import Lacking
+
+SILENT_S = 1800.0
+"""The default timeout of torch.distributed's collectives on NCCL is ten minutes, on gloo half an hour."""
+TIMEOUTS = ("ProcessGroupNCCL", "Watchdog caught collective", "collective operation timeout", "Timed out waiting")
+
+
+class RankDeadlock(Check):
+    """Several ranks, silence, and the last step at an epoch's end, where evaluation begins."""
+
+    id = "rank_deadlock"
+    needs = ("runtime.num_processes", "status and heartbeat, or exit.reason", "step/loss", "epoch")
+    cost = "cheap"
+
+    def examine(self, case: Case) -> Finding | Healthy:
+        """A timeout that was told decides; silence after an epoch's last step makes it likely."""
+        reason = case.tags.get("exit.reason", "")
+        if any(sign in reason for sign in TIMEOUTS):
+            return self._finding({"exit_reason": Figure(reason[:300])}, 0.95)
+        ranks = int(case.settings.get("runtime.num_processes", 1 if "seed" in case.settings else 0))
+        if ranks == 0:
+            raise Lacking("the number of processes is not known")
+        evidence = {"ranks": Figure(float(ranks))}
+        if ranks == 1:
+            return Healthy(evidence)
+        if case.life is None:
+            raise Lacking("this is no MLflow run: whether it hangs cannot be seen")
+        evidence["silent_s"] = Figure(round(case.life.silent_s), f"below {SILENT_S:.0f} while RUNNING")
+        if case.life.status != "RUNNING" or case.life.silent_s < SILENT_S or not at_evaluation(case):
+            return Healthy(evidence)
+        return self._finding(evidence, 0.8)
+
+    def _finding(self, evidence: dict[str, Figure], confidence: float) -> Finding:
+        return self.found(
+            "blocker",
+            confidence,
+            evidence,
+            "The ranks wait for each other where evaluation begins: one computes a metric that synchronises all of "
+            "them. "
+            "Let every rank enter it, or evaluate in one process.",
+            {"runtime.num_processes": 1},
+        )
+
+
+def at_evaluation(case: Case) -> bool:
+    """Did the last step end an epoch (or come before the first) whose evaluation was never logged?"""
+    per_epoch = case.settings.get("train.steps_per_epoch")
+    if not per_epoch:
+        return False
+    steps = max(case.curves.get("step/loss", {0: 0.0}))
+    evaluated = max(case.curves.get("epoch", {-1: 0.0}))
+    # Steps are logged every few: one within a logging interval of the end counts as the last.
+    slack = int(case.settings.get("tracking.log_every_steps", 1))
+    return round((steps + slack - 1) // int(per_epoch)) > evaluated

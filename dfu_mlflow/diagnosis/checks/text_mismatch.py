@@ -1,0 +1,115 @@
+"""Training text embeddings that differ from sampling's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from dfu_mlflow.conditioning import Conditioner, encode_prompts
+from dfu_mlflow.diagnosis.bench import Bench
+from dfu_mlflow.diagnosis.case import Case
+from dfu_mlflow.diagnosis.check import Check
+from dfu_mlflow.diagnosis.finding import Figure, Finding, Healthy
+from dfu_mlflow.diagnosis.lacking import Lacking
+from dfu_mlflow.diagnosis.text_variants import TextVariant, text_variants
+from dfu_mlflow.diagnosis.weights import read_tensors
+
+DIFFERENT = 0.02
+"""Relative distance of embeddings from which they are others; storage in bfloat16 makes 0.004."""
+BETTER = 0.004
+"""How much less the fine-tuned network's loss must be under a wrong encoding than under sampling's, relative to it and
+beyond what the base shows."""
+NORMAL = 2.6
+"""Standard errors: three wrong encodings are tried, so each is tested at 1 %."""
+
+
+class TextMismatch(Check):
+    """Embeddings that the run trained on beside `pipe.encode_prompt`; where they are not at hand, whether the
+    fine-tuned
+    network understands a wrong encoding better than the right one."""
+
+    id = "text_mismatch"
+    needs = ("base", "prompts", "a file of embeddings, or the checkpoint and photographs")
+    cost = "probe"
+
+    def examine(self, case: Case) -> Finding | Healthy:
+        """Direct comparison where it can be made."""
+        bench = case.ready()
+        evidence: dict[str, Figure] = {}
+        right = encode_prompts(bench.material.pipe, bench.material.source.prompts, "")
+        used = self._used(bench, right)
+        for name, value in used.items():
+            wanted = getattr(right, name)
+            if value.shape != wanted.shape:
+                evidence[name] = Figure(str(list(value.shape)), str(list(wanted.shape)))
+                return self._finding(evidence, f"{name} have another shape", 0.99)
+            gap = float((value - wanted).norm() / wanted.norm().clamp(min=1e-6))
+            evidence[name] = Figure(gap, f"below {DIFFERENT}, relative to encode_prompt's")
+        wrong = [name for name, figure in evidence.items() if float(figure.value) > DIFFERENT]
+        if wrong:
+            return self._finding(evidence, self._explain(bench, wrong[0], used[wrong[0]], right), 0.98)
+        if bench.embeddings is None and bench.has_weights:
+            return self._by_loss(bench, right, evidence)
+        return Healthy(evidence)
+
+    def _used(self, bench: Bench, right: Conditioner) -> dict[str, torch.Tensor]:
+        """What the run trained on: the given file's rows, else what this project's cache holds."""
+        names = ("embeddings", "pooled", "empty_embeddings", "empty_pooled")
+        if bench.embeddings is None:
+            kept = bench.material.conditioner.to(torch.device("cpu"))
+            return {name: getattr(kept, name) for name in names}
+        stored = read_tensors(bench.embeddings)
+        found = {name: stored[name].float() for name in names if name in stored}
+        if not found:
+            raise Lacking(f"{bench.embeddings.name} holds none of {', '.join(names)} (rows by class, sorted by label)")
+        return found
+
+    def _explain(self, bench: Bench, name: str, value: torch.Tensor, right: Conditioner) -> str:
+        variants = text_variants(bench.material.pipe, right)
+        gaps = {variant: float((getattr(variant.told, name) - value).norm() / value.norm()) for variant in variants}
+        closest = min(gaps, key=lambda variant: gaps[variant])
+        return closest.words if gaps[closest] < DIFFERENT else f"{name} are not what the pipeline encodes"
+
+    def _by_loss(self, bench: Bench, right: Conditioner, evidence: dict[str, Figure]) -> Finding | Healthy:
+        """Loss under each wrong encoding less loss under the right one, fine-tuned less base, paired by photograph."""
+        device = bench.material.device
+        now, before = bench.losses("live"), bench.losses("base")
+        found: list[tuple[float, TextVariant]] = []
+        for variant in text_variants(bench.material.pipe, right):
+            told = variant.told.to(device)
+            plain_now, plain_before = (now, before)
+            if variant.unconditional:
+                empty = nothing(right).to(device)
+                told = nothing(told)
+                plain_now, plain_before = bench.losses("live", empty), bench.losses("base", empty)
+            gain = (plain_now - bench.losses("live", told)).mean(1)
+            own = (plain_before - bench.losses("base", told)).mean(1)
+            mean, error = float(gain.mean()), float((gain - own).std()) / len(gain) ** 0.5
+            beyond = float((gain - own).mean())
+            scale = float(plain_now.mean())
+            evidence[f"better_under.{variant.name}"] = Figure(mean / scale, "below 0")
+            if mean > BETTER * scale and beyond > max(NORMAL * error, BETTER * scale):
+                found.append((mean / scale, variant))
+        if not found:
+            return Healthy(evidence)
+        return self._finding(evidence, max(found, key=lambda pair: pair[0])[1].words, 0.85)
+
+    def _finding(self, evidence: dict[str, Figure], what: str, confidence: float) -> Finding:
+        return self.found(
+            "blocker",
+            confidence,
+            evidence,
+            f"The network was trained on other text embeddings than it is sampled with: {what}. It then answers "
+            "prompts it "
+            "has never seen. Train again on what the pipeline's encode_prompt gives.",
+            {"prompts.encoding": "pipeline"},
+        )
+
+
+def nothing(told: Conditioner) -> Conditioner:
+    """Every class told nothing: what a dropped caption trains."""
+    count = len(told.classes)
+    return replace(
+        told, embeddings=told.empty_embeddings.expand(count, -1, -1), pooled=told.empty_pooled.expand(count, -1)
+    )

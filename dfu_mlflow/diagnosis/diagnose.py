@@ -1,0 +1,60 @@
+"""Run checks over a case."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dfu_mlflow.diagnosis.case import Case
+from dfu_mlflow.diagnosis.catalogue import CHECKS
+from dfu_mlflow.diagnosis.check import Check
+from dfu_mlflow.diagnosis.finding import CannotRun, Finding, Outcome
+from dfu_mlflow.diagnosis.ranking import ranked
+
+Budget = Literal["cheap", "full"]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found.
+
+    Attributes:
+        findings: worst first.
+        outcomes: check id -> what it answered, in the order the checks ran.
+    """
+
+    findings: tuple[Finding, ...]
+    outcomes: dict[str, Outcome]
+
+    @property
+    def unable(self) -> dict[str, str]:
+        """Check id -> why it could not run."""
+        return {name: each.reason for name, each in self.outcomes.items() if isinstance(each, CannotRun)}
+
+    def document(self) -> str:
+        """`findings.json`."""
+        return json.dumps([finding.document() for finding in self.findings], indent=1, ensure_ascii=False)
+
+
+def diagnose(
+    case: Case,
+    budget: Budget = "full",
+    between_checks: Callable[[str], None] = lambda name: None,
+    checks: Sequence[Check] = CHECKS,
+) -> Diagnosis:
+    """Examine a case.
+
+    Args:
+        budget: `cheap` leaves the probes out.
+        between_checks: called with each check's id before it runs; may raise to stop.
+    """
+    outcomes: dict[str, Outcome] = {}
+    for check in checks:
+        if budget == "cheap" and check.cost == "probe":
+            outcomes[check.id] = CannotRun("a probe: left out by --budget cheap")
+            continue
+        between_checks(check.id)
+        outcomes[check.id] = check.run(case)
+    return Diagnosis(tuple(ranked(each for each in outcomes.values() if isinstance(each, Finding))), outcomes)

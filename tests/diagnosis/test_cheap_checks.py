@@ -1,0 +1,206 @@
+"""Faults that configuration and curves show: each at two strengths, each gone when its change is applied."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dfu_mlflow.diagnosis.case import Case, Life
+from dfu_mlflow.diagnosis.diagnose import diagnose
+
+Points = Mapping[int, float]
+
+
+def case(
+    curves: Mapping[str, Points] | None = None,
+    tags: Mapping[str, str] | None = None,
+    life: Life | None = None,
+    **settings: Any,
+) -> Callable[[Case], Case]:
+    """Makes a sound run ill; `__` in a name stands for a dot."""
+    changed = {name.replace("__", "."): value for name, value in settings.items()}
+
+    def fall_ill(sound: Case) -> Case:
+        return replace(
+            sound,
+            curves={**sound.curves, **(curves or {})},
+            tags={**sound.tags, **(tags or {})},
+            settings={**sound.settings, **changed},
+            life=life or sound.life,
+        )
+
+    return fall_ill
+
+
+def epochs(*values: float) -> dict[int, float]:
+    return dict(enumerate(values, start=1))
+
+
+def lagging(decay: float, updates: int) -> Callable[[Case], Case]:
+    steps = dict.fromkeys(range(1, updates + 1), 0.5)
+    return case({"ema/coverage": {}, "step/loss": steps}, ema__decay=decay, ema__warmup=False)
+
+
+PERCEPTUAL = {
+    "loss__perceptual_loss__enabled": True,
+    "loss__perceptual_loss__max_timestep": 250,
+    "train__batch_size": 16,
+}
+NOISE = np.random.default_rng(0).normal(size=20)
+
+FAULTS: dict[str, tuple[str, Callable[[Case], Case]]] = {
+    "ema measured, stuck": ("ema_lag", case({"ema/coverage": epochs(0.03)}, ema__warmup=False)),
+    "ema measured, lagging": ("ema_lag", case({"ema/coverage": epochs(0.4)})),
+    "ema by decay": ("ema_lag", lagging(0.999, 32)),
+    "ema in bfloat16": (
+        "ema_lag",
+        case({"ema/coverage": {}}, ema__warmup=False, ema__decay=0.999, ema__dtype="bfloat16"),
+    ),
+    "dead term, as in the founding run": (
+        "dead_loss_term",
+        case(
+            {
+                "train/loss": epochs(0.1404, 0.1404, 0.1404),
+                "train/loss_perceptual": epochs(0.0608, 0.0608, 0.0608),
+                "train/grad_share_perceptual": epochs(0, 0, 0),
+            },
+            **PERCEPTUAL,
+        ),
+    ),
+    "dead term, weak": (
+        "dead_loss_term",
+        case(
+            {
+                "train/loss": epochs(0.08, 0.08),
+                "train/loss_perceptual": epochs(0.002, 0.002),
+                "train/grad_share_perceptual": epochs(0, 0),
+            },
+            **PERCEPTUAL,
+        ),
+    ),
+    "dominant term": ("dominant_loss_term", case({"train/grad_share_perceptual": epochs(0.97, 0.95)}, **PERCEPTUAL)),
+    "dominant term, weak": (
+        "dominant_loss_term",
+        case({"train/grad_share_perceptual": epochs(0.6, 0.62)}, **PERCEPTUAL),
+    ),
+    "not finite": ("nonfinite", case(tags={"exit.reason": "user error: the gradient was not finite for 5 steps"})),
+    "some steps skipped": ("nonfinite", case({"train/nonfinite_steps": {6: 30.0}})),
+    "schedule in micro-steps": (
+        "wrong_schedule",
+        case(
+            {"step/lr": {step: 1e-3 * 0.5 * (1 + np.cos(np.pi * step / 2640)) for step in range(1, 661)}},
+            train__lr_schedule="cosine",
+            train__warmup_steps=0,
+        ),
+    ),
+    "weights still": (
+        "weights_not_moving",
+        case({"model/displacement": epochs(1e-5), "val/loss": {0: 0.507, 1: 0.507}}),
+    ),
+    "weights slow": (
+        "weights_not_moving",
+        case({"model/displacement": epochs(9e-4), "val/loss": {0: 0.507, 1: 0.502}}),
+    ),
+    "noisy validation": (
+        "noisy_validation",
+        case({"val/loss": {0: 0.12, **epochs(0.109, 0.095, 0.081, 0.095, 0.105, 0.074, 0.1)}}),
+    ),
+    "selection on noise": (
+        "selection_on_noise",
+        case({"eval/kid": epochs(*(2.25 * (1 + 0.09 * NOISE)))}),
+    ),
+    "few pictures": ("small_sample_fid", case(evaluation__samples=50, evaluation__best_metric="fid")),
+    "same draws": ("same_noise_on_ranks", case(tags={"draws.rank0": "ab", "draws.rank1": "ab"})),
+    "one seed": ("same_noise_on_ranks", case(runtime__num_processes=5, runtime__seed_by_rank=False)),
+    "out of memory": (
+        "eval_oom",
+        case(
+            {"epoch": {epoch: float(epoch) for epoch in range(6)}},
+            {"exit.reason": "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"},
+        ),
+    ),
+    "left running": ("run_left_running", case(life=Life("RUNNING", 9000.0))),
+    "deadlock": (
+        "rank_deadlock",
+        case(
+            {"epoch": {epoch: float(epoch) for epoch in range(6)}},
+            life=Life("RUNNING", 9000.0),
+            runtime__num_processes=5,
+            runtime__seed_by_rank=True,
+        ),
+    ),
+    "far below native": ("resolution_off_native", case(data__resolution_px=16)),
+    "guidance 12": ("guidance_too_high", case(sampling__guidance_scale=12.0)),
+    "stock captions": ("prompt_prior", case(prompts__style="detailed")),
+    "classes alike": (
+        "class_ignored",
+        case({"eval/class_accuracy": epochs(0.33), "eval/class_accuracy_high": epochs(0.39)}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_fault_stands_first(name: str, sound: Case) -> None:
+    wanted, fall_ill = FAULTS[name]
+    found = diagnose(fall_ill(sound), "cheap").findings
+    assert found, "nothing found"
+    assert found[0].id == wanted, [finding.id for finding in found]
+    assert found[0].severity != "note"
+    assert 0 < found[0].confidence <= 1
+
+
+def test_findings_json_holds_exactly_what_was_promised(sound: Case) -> None:
+    content = json.loads(diagnose(FAULTS["ema by decay"][1](sound), "cheap").document())
+    assert set(content[0]) == {"id", "severity", "confidence", "evidence", "explanation", "fix"}
+    assert content[0]["evidence"]["one_less_decay_to_the_updates"] == pytest.approx(1 - 0.999**32)
+    assert content[0]["fix"]["ema.warmup"] is True
+
+
+def test_the_founding_run_is_taken_apart_in_order(sound: Case) -> None:
+    """Each finding goes when its change is applied; the last run has none."""
+    ill = case(
+        {
+            "ema/coverage": epochs(0.008, 0.008, 0.008),
+            "train/loss": epochs(0.1404, 0.1404, 0.1404),
+            "train/loss_perceptual": epochs(0.0608, 0.0608, 0.0608),
+            "train/grad_share_perceptual": epochs(0, 0, 0),
+        },
+        prompts__style="detailed",
+        sampling__guidance_scale=12.0,
+        ema__decay=0.999,
+        ema__warmup=False,
+        **PERCEPTUAL,
+    )(sound)
+    seen = []
+    while found := diagnose(ill, "cheap").findings:
+        first = found[0]
+        seen.append(first.id)
+        ill = replace(ill, settings={**ill.settings, **first.fix})
+        if first.id == "ema_lag":  # what a run with that change logs
+            ill = replace(ill, curves={**ill.curves, "ema/coverage": epochs(0.96)})
+    assert seen == ["ema_lag", "dead_loss_term", "guidance_too_high", "prompt_prior"]
+
+
+def test_two_faults_are_both_named(sound: Case) -> None:
+    both = case({"ema/coverage": epochs(0.03)}, data__resolution_px=16, ema__warmup=False)(sound)
+    assert {finding.id for finding in diagnose(both, "cheap").findings[:3]} >= {"ema_lag", "resolution_off_native"}
+
+
+def test_a_short_run_is_not_accused_of_a_dead_term(sound: Case) -> None:
+    """One epoch of four samples misses the term's window in a third of all runs."""
+    short = case(
+        {
+            "train/loss": epochs(0.5),
+            "train/loss_perceptual": epochs(0.1),
+            "train/grad_share_perceptual": epochs(0.0),
+        },
+        **{**PERCEPTUAL, "train__batch_size": 4},
+    )(sound)
+    diagnosis = diagnose(short, "cheap")
+    assert diagnosis.findings == ()
+    assert "32%" in diagnosis.unable["dead_loss_term"]
