@@ -56,7 +56,7 @@ class SamplingObjective:
         check_subject(config, material, subject)
         if subject.sampler is None:
             raise UserError(f"--tune.source {config.tune.source} is a folder of pictures: give a model that draws")
-        use_precision(config, material, subject)
+        use_precision(config, material.device, subject.sampler.pipe)
         self.config, self.shown, self.sampler = config, subject.shown, subject.sampler
         self.panels = build_panels(config, material)
         missing = [name for name in self.names if name in self.panels.notes]
