@@ -181,7 +181,8 @@ def test_reports_made_differently_are_not_pooled() -> None:
 
 def test_arms_hold_equal_counts_of_every_class() -> None:
     real = Pictures(noise(20, 0).images, torch.tensor([0] * 16 + [1] * 4), tuple(map(str, range(20))))
-    arms = training_arms(real, {"tuned": noise(40, 1), "base": noise(30, 2)}, 1.0, seed=0)
+    sets = {"tuned": noise(40, 1), "base": noise(30, 2)}
+    arms = {name: arm.collect() for name, arm in training_arms(real, sets, 1.0, seed=0).items()}
     assert list(arms) == ["real", "oversampled", "with_tuned", "only_tuned", "with_base", "only_base"]
     counts = {arm: torch.bincount(pictures.labels).tolist() for arm, pictures in arms.items()}
     assert counts["real"] == [16, 4]
@@ -195,7 +196,7 @@ def test_arms_hold_equal_counts_of_every_class() -> None:
 
 def test_the_smallest_set_decides_how_many() -> None:
     arms = training_arms(noise(40, 0), {"tuned": noise(40, 1), "base": noise(6, 2)}, 1.0, seed=0)
-    assert len(arms["only_tuned"].labels) == len(arms["only_base"].labels) == 6
+    assert len(arms["only_tuned"].collect().labels) == len(arms["only_base"].collect().labels) == 6
 
 
 def test_every_arm_gets_the_same_number_of_steps() -> None:

@@ -45,8 +45,8 @@ def measure_utility(
     _check(classes, training, held_out, synthetic)
     arms = training_arms(training, synthetic, config.ratio, config.seed)
     found: dict[str, torch.Tensor] = {}
-    for arm, pictures in arms.items():
-        rows = []
+    for arm, sources in arms.items():
+        pictures, rows = sources.collect(), []
         for number in range(config.seeds):
             seed = derive_seed(config.seed, "utility", number)
             classifier = train_classifier(pictures.images, pictures.labels, len(classes), config, seed, between_steps)
