@@ -10,7 +10,6 @@ import torch
 
 from dfu_mlflow.base.load import part_digest
 from dfu_mlflow.config.schema import RunConfig
-from dfu_mlflow.data import evaluation_pixels
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.evaluator import Drawn, Evaluator, assess, extract, flatten_reports, sample_grids
 from dfu_mlflow.metrics.extractors.pixels import value_signs
@@ -18,6 +17,7 @@ from dfu_mlflow.metrics.reference import MIN_IMAGES
 from dfu_mlflow.metrics.value_range import require_photographic
 from dfu_mlflow.objective import Objective
 from dfu_mlflow.panels import Panels
+from dfu_mlflow.photograph_features import PhotographFeatures
 from dfu_mlflow.preparation import Material
 from dfu_mlflow.sampling import Sampler
 from dfu_mlflow.subject import Pictures, Subject, base_sampler
@@ -72,8 +72,8 @@ def check_subject(config: RunConfig, material: Material, subject: Subject) -> No
     if subject.pictures is not None and config.metrics.check_value_range:
         images = torch.from_numpy(subject.pictures.images)
         signs = value_signs(int(images.shape[1]), material.device)
-        photographs = evaluation_pixels(material.source.split.held_out, config.data)
-        require_photographic(signs(images), signs(photographs), "the pictures of --source")
+        photographs = PhotographFeatures(signs, config, material).photographs(material.source.split.held_out)
+        require_photographic(signs(images), photographs, "the pictures of --source")
 
 
 class Observer:
