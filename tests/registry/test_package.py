@@ -13,6 +13,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import mlflow
@@ -157,6 +159,13 @@ def test_model_is_served(registered: RegisteredSampler, tmp_path: Path) -> None:
         (row,) = json.loads(body)["predictions"]
         assert (row["phase"], row["seed"]) == ("R", 5)
         assert pictures(pd.Series([row["image"]]))[0].shape == (16, 16, 3)
+        with ThreadPoolExecutor(6) as clients:
+            ask = partial(post, f"http://127.0.0.1:{port}/invocations", {"phase": ["R"]})
+            answers = list(clients.map(ask, [{"seed": seed % 3} for seed in range(12)]))
+        assert {status for status, _ in answers} == {200}, "requests at once"
+        images = [json.loads(body)["predictions"][0]["image"] for _, body in answers]
+        assert images == images[:3] * 4
+        assert len(set(images)) == 3
         status, body = post(f"http://127.0.0.1:{port}/invocations", {"phase": ["X"]}, {})
         assert status == 400
         assert "this model draws I, P, R" in body
