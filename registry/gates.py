@@ -182,12 +182,10 @@ def check_metrics(gates: GatesConfig) -> None:
         for metric in (METRICS[name] for name in metrics):
             figures |= {names.get(figure, figure) for figure, way in metric.figures.items() if way != "neither"}
             by_class |= {names.get(figure, figure) for figure in metric.by_class}
-    for flag, asked, known in (
-        ("quality", gates.quality.metric, figures),
-        ("classes", gates.classes.metric, by_class),
-    ):
-        if asked not in known:
-            raise UserError(f"--gates.{flag}.metric {asked}: give one of {', '.join(sorted(known))}")
+    asked = (("quality", gates.quality.metric, figures), ("classes", gates.classes.metric, by_class))
+    for flag, wanted, known in asked:
+        if wanted not in known:
+            raise UserError(f"--gates.{flag}.metric {wanted}: give one of {', '.join(sorted(known))}")
 
 
 def judge(evidence: Evidence, gates: GatesConfig) -> tuple[Answer, ...]:
