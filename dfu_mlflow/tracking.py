@@ -146,7 +146,13 @@ class Tracker:
             profile=json.dumps(dict(counts)),
         )
         tag = InputTag("mlflow.data.context", context)
-        self._client.log_inputs(self.run_id, [DatasetInput(dataset, [tag])])
+        inputs = [DatasetInput(dataset, [tag])]
+        try:
+            self._client.log_inputs(self.run_id, inputs)
+        except MlflowException:
+            # Two runs that log the same new dataset at once break SQLite's unique constraint in MLflow 3.17.2; by now
+            # the other one has stored it.
+            self._client.log_inputs(self.run_id, inputs)
         self._datasets[context] = (dataset.name, dataset.digest)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:

@@ -60,7 +60,6 @@ class Photographs:
         if known_digest is not None and not self.digest.startswith(known_digest):
             raise UserError("the photographs at hand are not those, or not the split, that the version was trained on")
         material = prepare(config, source)
-        material.pipe.to(material.device)
         # Pixels, and SSCD where it is at hand. EfficientNet finds next to no copy that pixels overlook (see
         # `metrics.coarse_pixels`) and would make the first picture wait for 4 features of every photograph.
         extractors: dict[str, Features] = {}

@@ -139,7 +139,7 @@ def _challenge(name: str, version: int, champion: int | None, stated: Tree) -> P
     tags = _contest_tags(contest, champion)
     if not all(answer.passed for answer in answers):
         return _refuse(name, version, champion, answers, tags)
-    crown(name, version, champion, tags | _answer_tags(answers, "promoted"))
+    crown(name, version, champion, tags | _answer_tags(answers, "passed"))
     _describe(name, version, answers)
     before = f"in place of version {champion}, which is @previous" if champion else "the first one"
     said = (*_told(answers), f"{name} version {version} is the champion, {before}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import numpy as np
+from mlflow.exceptions import MlflowException
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import Field, model_validator
@@ -227,9 +228,7 @@ def _locate(model: str) -> Located:
         raise UserError(f"--model {model}: give models:/NAME@ALIAS or models:/NAME/VERSION")
     try:
         return locate(f"models:/{resolve_version(model)}")
-    except UserError:
-        raise
-    except Exception as error:
+    except (MlflowException, OSError) as error:
         raise UserError(f"--model {model} cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
