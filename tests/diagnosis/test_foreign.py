@@ -134,7 +134,8 @@ def test_words_of_other_trainers_are_understood(tmp_path: Path) -> None:
     told = read_foreign(path)
     assert told.settings["adapter.method"] == "lora"
     assert told.settings["adapter.alpha"] == 8
-    assert told.tree["data"]["resolution_px"] == 1024
+    assert told.settings["data.resolution_px"] == 1024
+    assert told.settings["train.learning_rate"] == 1e-4
     assert told.unknown == ("clip_skip",)
 
 
