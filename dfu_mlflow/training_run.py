@@ -21,6 +21,9 @@ from dfu_mlflow.config.load import dump_yaml
 from dfu_mlflow.config.prompts import resolve_style
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.data import dataset_digest, evaluation_pixels
+from dfu_mlflow.diagnosis.diagnose import Diagnosis
+from dfu_mlflow.diagnosis.report import diagnosis_section, finding_tags
+from dfu_mlflow.diagnosis.watch import Watch
 from dfu_mlflow.evaluator import Baseline, Evaluator, Measurement
 from dfu_mlflow.history import History
 from dfu_mlflow.interrupt import StopRequest
@@ -125,6 +128,8 @@ class TrainingRun:
         accelerator = Accelerator(cpu=self.material.device.type == "cpu", mixed_precision=config.train.mixed_precision)
         self.trainer = Trainer(self.parts, config, store, hooks, accelerator)
         self.console = Console(config.train.epochs, self.trainer.steps_per_epoch)
+        self.watch = Watch(config, self.trainer.steps_per_epoch)
+        self.diagnosis: Diagnosis | None = None
 
     def describe(self, digest: str) -> None:
         """Log what the run is, before it does anything."""
@@ -241,6 +246,16 @@ class TrainingRun:
         name = f"eval/{success.metric}" if success else ""
         self.tracker.tags({"verdict": success_verdict(success, self.history.series(name), epoch)})
         self.console.epoch(epoch, figures)
+        self.diagnose()
+
+    def diagnose(self) -> None:
+        """Run the cheap checks on the figures so far; what fires for the first time is said at once."""
+        figures = {number: self.history.figures(number) for number in self.history.measured()}
+        self.diagnosis, news = self.watch.look(figures)
+        for sentence in news:
+            self.console.say(sentence)
+        self.tracker.text("findings.json", self.diagnosis.document())
+        self.tracker.tags(finding_tags(self.diagnosis))
 
     def best_score(self, measured: dict[str, Measurement]) -> Score | None:
         """The better of the measured weights, by the configured metric."""
@@ -264,6 +279,7 @@ class TrainingRun:
             settings=self.settings_shown,
             identities=[panel.reference.identity for panel in self.panels.panels],
             notes=self.panels.notes,
+            extra=() if self.diagnosis is None else (diagnosis_section(self.diagnosis),),
         )
         self.tracker.text("report.html", render(training_report(story)))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from dfu_mlflow.config import RunConfig
+from dfu_mlflow.config import RunConfig, flatten
 from dfu_mlflow.config.load import Tree, merge, validate
 from dfu_mlflow.errors import ConfigError, UserError
 
@@ -126,7 +126,8 @@ def read_foreign(path: Path) -> ForeignConfig:
     tree: Tree = {}
     for name, value in inside.items():
         tree = merge(tree, _nested(name, value))
-    return ForeignConfig(settings, tree, tuple(unknown))
+    typed = flatten(validate(RunConfig, tree))  # YAML reads 1e-4 as text
+    return ForeignConfig({**settings, **{name: typed[name] for name in inside}}, tree, tuple(unknown))
 
 
 def _known(name: str, value: Any) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
+from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
@@ -29,6 +30,7 @@ LIVE_NAMES = (
     "adapter_model.safetensors",
 )
 PEFT_PREFIX = "base_model.model."
+KOHYA_PREFIX = "lora_unet_"
 OWN_LORA = ".lora_A.default.weight"
 
 
@@ -220,22 +222,59 @@ def _peft_names(
         told = _adapter_alpha(file)
         layers = {name.removesuffix(".lora_A.weight") for name in plain}
         return plain, {} if told is None else dict.fromkeys(layers, told)
+    if any(name.startswith(KOHYA_PREFIX) for name in stored):
+        return _from_kohya(file, stored, unet)
     try:
         converted, alphas = StableDiffusionXLPipeline.lora_state_dict(dict(stored), unet_config=unet.config)[:2]
     except (ValueError, KeyError, RuntimeError, IndexError) as error:
         raise Lacking(f"{file.name} is a LoRA that cannot be read: {' '.join(str(error).split())[:200]}") from None
-    names = {
-        _renamed(name).removeprefix("unet."): value for name, value in converted.items() if name.startswith("unet.")
-    }
-    scales = {name.removeprefix("unet.").removesuffix(".alpha"): float(value) for name, value in (alphas or {}).items()}
-    return names, scales
+    plain = {_renamed(name).removeprefix("unet."): value for name, value in converted.items() if name[:5] == "unet."}
+    told = _header_alpha(file)
+    scales = {} if told is None else {name.removesuffix(".lora_A.weight"): told for name in plain}
+    scales |= {name.removeprefix("unet.").removesuffix(".alpha"): float(each) for name, each in (alphas or {}).items()}
+    return plain, scales
+
+
+def _from_kohya(
+    file: Path, stored: Mapping[str, torch.Tensor], unet: Any
+) -> tuple[Mapping[str, torch.Tensor], dict[str, float]]:
+    """`lora_unet_LAYER_WITH_UNDERSCORES.lora_down.weight`, blocks numbered as Stability's code or as diffusers does."""
+    if any("_input_blocks_" in name or "_middle_block_" in name for name in stored):
+        try:
+            stored = _maybe_map_sgm_blocks_to_diffusers(dict(stored), unet.config)
+        except (ValueError, KeyError, IndexError) as error:
+            raise Lacking(f"{file.name} numbers its blocks in an unknown way: {error}") from None
+    layers = {KOHYA_PREFIX + name.replace(".", "_"): name for name, _ in unet.named_modules()}
+    plain: dict[str, torch.Tensor] = {}
+    scales: dict[str, float] = {}
+    for name, value in stored.items():
+        layer, _, kind = name.partition(".")
+        if not layer.startswith(KOHYA_PREFIX):
+            continue  # a text encoder's
+        if layer not in layers:
+            raise Lacking(f"{file.name} does not fit the base: it has no layer {layer}")
+        if kind == "alpha":
+            scales[layers[layer]] = float(value)
+        else:
+            plain[_renamed(f"{layers[layer]}.{kind}")] = value
+    return plain, scales
 
 
 def _renamed(name: str) -> str:
-    """diffusers' older names of the two matrices."""
+    """Older names of the two matrices."""
     for old, new in ((".lora.down.", ".lora_A."), (".lora.up.", ".lora_B."), (".lora_down.", ".lora_A.")):
         name = name.replace(old, new)
     return name.replace(".lora_up.", ".lora_B.")
+
+
+def _header_alpha(file: Path) -> float | None:
+    """`lora_alpha` of the UNet's adapter in the metadata that diffusers writes into the file."""
+    with safe_open(file, framework="pt") as content:
+        told = (content.metadata() or {}).get("lora_adapter_metadata")
+    try:
+        return float(json.loads(told)["unet.lora_alpha"]) if told else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _adapter_alpha(file: Path) -> float | None:

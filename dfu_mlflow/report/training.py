@@ -27,6 +27,7 @@ class TrainingStory:
         settings: name -> value, what a person compares runs by.
         identities: metric identities.
         notes: metric -> why it was not computed.
+        extra: further sections, such as the diagnosis.
     """
 
     run_id: str
@@ -38,6 +39,7 @@ class TrainingStory:
     settings: Mapping[str, str]
     identities: Sequence[str]
     notes: Mapping[str, str]
+    extra: Sequence[Section] = ()
 
 
 def training_report(story: TrainingStory) -> Report:
@@ -51,6 +53,7 @@ def training_report(story: TrainingStory) -> Report:
             missing,
             tables=(headline_table(base, best, group), other_table(best, group)),
         ),
+        *story.extra,
         Section("By epoch", ("Epoch 0 is the untouched base. Bands are 95 % intervals.",), _curves(story)),
         Section("Samples", ("Fixed seeds: a column shows one seed becoming another picture.",), _samples(story)),
         Section("Settings", tables=(Table("", ("setting", "value"), tuple(story.settings.items())),)),

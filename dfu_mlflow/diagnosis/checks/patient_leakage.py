@@ -19,11 +19,10 @@ MANY = 0.02
 """Share of held-out photographs with such a partner in training that is worth a warning."""
 STEMS = (
     re.compile(r"^(.*?[A-Za-z]+[-_]?\d+)[-_. ].+"),
-    re.compile(r"^(\d+)[-_. ].+"),
+    re.compile(r"^([A-Za-z]*\d+)[A-Za-z_-].+"),
     re.compile(r"^(.+?)[-_. ]\d+\.\w+$"),
 )
-"""How file names usually carry a patient: letters and digits, or digits, before a separator; all before a last
-number."""
+"""How file names usually carry a patient: up to a separator; letters and digits at the start; up to a last number."""
 LEAST_PER_STEM = 1.5
 """Photographs a stem has on average where it can name patients."""
 MOST_PER_STEM = 0.2

@@ -1,0 +1,40 @@
+"""The cheap checks while a run goes on: what fires is said at once, not after the last epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dfu_mlflow.config import RunConfig, flatten
+from dfu_mlflow.diagnosis.case import Case
+from dfu_mlflow.diagnosis.diagnose import Diagnosis, diagnose
+
+
+class Watch:
+    """Looks at a run's figures after each epoch.
+
+    Args:
+        config: the run's.
+        steps_per_epoch: optimizer steps.
+    """
+
+    def __init__(self, config: RunConfig, steps_per_epoch: int) -> None:
+        self.settings = flatten(config) | {"train.steps_per_epoch": steps_per_epoch}
+        self.steps_per_epoch = steps_per_epoch
+        self.told: set[str] = set()
+
+    def look(self, epochs: Mapping[int, Mapping[str, float]]) -> tuple[Diagnosis, list[str]]:
+        """Examine the figures so far, epoch -> name -> value.
+
+        Returns:
+            The diagnosis, and a sentence for each finding above a note that was not told before.
+        """
+        curves: dict[str, dict[int, float]] = {"step/loss": {}}
+        for epoch, figures in sorted(epochs.items()):
+            for name, value in figures.items():
+                curves.setdefault(name, {})[epoch] = value
+            curves["step/loss"][epoch * self.steps_per_epoch] = figures.get("train/loss", 0.0)
+        diagnosis = diagnose(Case("this run", self.settings, curves), "cheap")
+        grave = [each for each in diagnosis.findings if each.severity != "note"]
+        news = [f"{each.severity} {each.id}: {each.explanation}" for each in grave if each.id not in self.told]
+        self.told |= {each.id for each in grave}
+        return diagnosis, news

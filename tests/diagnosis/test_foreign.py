@@ -1,0 +1,153 @@
+"""A fine-tune by plain diffusers code, with its trainer's own words for its settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.training_utils import EMAModel
+from safetensors.torch import save_file
+
+from dfu_mlflow.diagnosis.diagnose import Diagnosis
+from dfu_mlflow.diagnosis.foreign import read_foreign
+from dfu_mlflow.errors import UserError
+from entrypoints.diagnose import main
+from registry.diagnose import DiagnoseOptions, run_diagnosis
+
+STEPS = 30
+WORDS = {
+    "pretrained_model_name_or_path": "base",
+    "learning_rate": 3e-3,
+    "lr_scheduler": "constant",
+    "max_train_steps": STEPS,
+    "resolution": 64,
+    "train": {"train_batch_size": 4, "use_ema": True, "ema_decay": 0.999},
+    "guidance_scale": 3.0,
+    "my_own_setting": 1,
+}
+
+
+def fine_tune(base: Path, folder: Path) -> None:
+    """What a plain script does; its fault: an average of decay 0.999 over 30 updates, which is what it samples from."""
+    torch.manual_seed(0)
+    pipe = StableDiffusionXLPipeline.from_pretrained(base)
+    unet, scheduler = pipe.unet, pipe.scheduler
+    embeddings, _, pooled, _ = pipe.encode_prompt("diabetic foot ulcer", do_classifier_free_guidance=False)
+    average = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=False, min_decay=0.999)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=3e-3)
+    time_ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]]).repeat(4, 1)
+    latents = torch.randn(4, 4, 16, 16)
+    for _ in range(STEPS):
+        noise, steps = torch.randn_like(latents), torch.randint(0, 1000, (4,))
+        prediction = unet(
+            scheduler.add_noise(latents, noise, steps),
+            steps,
+            encoder_hidden_states=embeddings.detach().repeat(4, 1, 1),
+            added_cond_kwargs={"text_embeds": pooled.detach().repeat(4, 1), "time_ids": time_ids},
+        ).sample
+        torch.nn.functional.mse_loss(prediction, noise).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.step(unet.parameters())
+    unet.save_pretrained(folder / "unet")
+    average.copy_to(unet.parameters())
+    unet.save_pretrained(folder / "unet_ema")
+
+
+@pytest.fixture(scope="module")
+def foreign(random_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("foreign")
+    fine_tune(random_base, folder)
+    words = {**WORDS, "pretrained_model_name_or_path": str(random_base)}
+    (folder / "args.json").write_text(json.dumps(words), encoding="utf-8")
+    return folder
+
+
+def examine(foreign: Path, flags: list[str], patch: pytest.MonkeyPatch, here: Path, config: bool = True) -> Diagnosis:
+    patch.chdir(here)
+    options = DiagnoseOptions(checkpoint=foreign)
+    return run_diagnosis(options, str(foreign / "args.json") if config else None, flags)[0]
+
+
+def test_the_lagging_average_is_found_without_photographs(
+    foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No data: the checks that need photographs say so, the rest run."""
+    diagnosis = examine(foreign, ["--data.root", str(tmp_path / "nowhere")], monkeypatch, tmp_path)
+    assert diagnosis.findings[0].id == "ema_lag"
+    assert diagnosis.findings[0].severity == "blocker"
+    assert float(diagnosis.findings[0].evidence["coverage"].value) < 0.25
+    assert [finding.id for finding in diagnosis.findings if finding.severity != "note"] == ["ema_lag"]
+    for check in ("memorisation", "patient_leakage", "stale_cache", "text_mismatch"):
+        assert "nowhere" in diagnosis.unable[check]
+    assert "curves" in diagnosis.unable["noisy_validation"]
+    assert "exit.reason" in diagnosis.unable["eval_oom"]
+
+
+def test_findings_and_report_are_written(
+    foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["--checkpoint", str(foreign), "--config", str(foreign / "args.json"), "--data.root", "nowhere"]
+    assert main(flags) == 0
+    said = capsys.readouterr().out
+    assert "my_own_setting" in said
+    assert "ema_lag" in said
+    folder = tmp_path / "outputs" / "diagnose" / foreign.name
+    findings = json.loads((folder / "findings.json").read_text(encoding="utf-8"))
+    assert findings[0]["id"] == "ema_lag"
+    assert set(findings[0]) == {"id", "severity", "confidence", "evidence", "explanation", "fix"}
+    assert "<h2>Diagnosis</h2>" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_without_base_or_configuration_reasons_are_given(
+    foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--base_model", "nobody/nothing", "--data.root", str(tmp_path / "nowhere")]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    diagnosis = examine(foreign, flags, monkeypatch, tmp_path, config=False)
+    assert diagnosis.findings == ()
+    assert "cannot be loaded" in diagnosis.unable["ema_lag"]
+
+
+def test_weights_that_are_not_finite(
+    foreign: Path, random_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet = StableDiffusionXLPipeline.from_pretrained(random_base).unet
+    weights = {name: weight.detach().clone() for name, weight in unet.named_parameters()}
+    weights["conv_in.weight"][0] = torch.nan
+    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "args.json").write_text((foreign / "args.json").read_text(encoding="utf-8"), encoding="utf-8")
+    diagnosis = examine(tmp_path, ["--data.root", "nowhere"], monkeypatch, tmp_path)
+    assert diagnosis.findings[0].id == "nonfinite"
+    assert diagnosis.findings[0].severity == "blocker"
+
+
+def test_words_of_other_trainers_are_understood(tmp_path: Path) -> None:
+    path = tmp_path / "kohya.yaml"
+    path.write_text(
+        "network_dim: 16\nnetwork_alpha: 8\nunet_lr: 1e-4\ncfg_scale: 7\nclip_skip: 2\nresolution: '1024'\n"
+    )
+    told = read_foreign(path)
+    assert told.settings["adapter.method"] == "lora"
+    assert told.settings["adapter.alpha"] == 8
+    assert told.settings["data.resolution_px"] == 1024
+    assert told.settings["train.learning_rate"] == 1e-4
+    assert told.unknown == ("clip_skip",)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give one of --run ID"),
+        (["--run", "no such thing"], "no such thing"),
+        (["--checkpoint", "no such folder"], "no such folder"),
+        (["--checkpoint", ".", "--budget", "free"], "budget"),
+    ],
+)
+def test_bad_input_is_told(flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        main(flags)

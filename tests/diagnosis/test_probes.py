@@ -1,0 +1,166 @@
+"""Faults that only the model, the photographs or the pictures show, on the random base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from dfu_mlflow.base.autoencoder import VaeEncoder
+from dfu_mlflow.conditioning import encode_prompts
+from dfu_mlflow.config import RunConfig, flatten
+from dfu_mlflow.config.load import merge, validate
+from dfu_mlflow.data import RowCache, encode_latents, evaluation_pixels
+from dfu_mlflow.diagnosis.bench import Bench
+from dfu_mlflow.diagnosis.case import Case
+from dfu_mlflow.diagnosis.check import Check
+from dfu_mlflow.diagnosis.checks.memorisation import Memorisation
+from dfu_mlflow.diagnosis.checks.metric_input_broken import MetricInputBroken
+from dfu_mlflow.diagnosis.checks.patient_leakage import PatientLeakage
+from dfu_mlflow.diagnosis.checks.prompt_prior import PromptPrior
+from dfu_mlflow.diagnosis.checks.stale_cache import StaleCache
+from dfu_mlflow.diagnosis.checks.text_mismatch import TextMismatch
+from dfu_mlflow.diagnosis.finding import Finding, Healthy, Outcome
+from dfu_mlflow.diagnosis.text_variants import text_variants
+from dfu_mlflow.types import Record
+
+NO_WEIGHTS = "no checkpoint was given"
+
+
+def run(check: Check, config: RunConfig, **parts: Any) -> Outcome:
+    bench = Bench(config, NO_WEIGHTS, **parts)
+    return check.run(Case("a run", flatten(config), bench=bench, lacking={"curves": "none"}))
+
+
+def changed(config: RunConfig, change: dict[str, Any]) -> RunConfig:
+    return validate(RunConfig, merge(config.model_dump(mode="json"), change))
+
+
+def write_pictures(folder: Path, records: tuple[Record, ...], images: np.ndarray) -> Path:
+    for number, (record, image) in enumerate(zip(records, images, strict=True)):
+        path = folder / record.label / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["final_layer", "first_ids_into_second", "encoded_empty"])
+def test_embeddings_of_another_encoding_are_named(name: str, small_config: RunConfig, tmp_path: Path) -> None:
+    bench = Bench(small_config, NO_WEIGHTS)
+    pipe = bench.material.pipe
+    right = encode_prompts(pipe, bench.material.source.prompts, "")
+    variants = {variant.name: variant for variant in text_variants(pipe, right)}
+    names = ("embeddings", "pooled", "empty_embeddings", "empty_pooled")
+    save_file({each: getattr(right, each).contiguous() for each in names}, tmp_path / "right.safetensors")
+    assert isinstance(run(TextMismatch(), small_config, embeddings=tmp_path / "right.safetensors"), Healthy)
+    if name not in variants:  # the random base has one tokenizer for both encoders
+        assert name == "first_ids_into_second"
+        return
+    wrong = variants[name]
+    save_file({each: getattr(wrong.told, each).contiguous() for each in names}, tmp_path / "wrong.safetensors")
+    found = run(TextMismatch(), small_config, embeddings=tmp_path / "wrong.safetensors")
+    assert isinstance(found, Finding)
+    assert found.severity == "blocker"
+    assert wrong.words in found.explanation
+
+
+def wrapped(images: np.ndarray) -> np.ndarray:
+    """Scaled to 255 twice."""
+    return (images.astype(np.float64) * 255).astype(np.int64).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("break_them", "ill"),
+    [(lambda images: images, False), (wrapped, True), (lambda images: 255 - images, True), (lambda x: x // 255, True)],
+    ids=["sound", "wrapped", "inverted", "not scaled"],
+)
+def test_broken_pictures_are_found(
+    break_them: Callable[[np.ndarray], np.ndarray], ill: bool, small_config: RunConfig, tmp_path: Path
+) -> None:
+    held = Bench(small_config, NO_WEIGHTS).split.held_out
+    images = break_them(evaluation_pixels(held, small_config.data).numpy())
+    outcome = run(MetricInputBroken(), small_config, folder=write_pictures(tmp_path / "pictures", held, images))
+    assert isinstance(outcome, Finding if ill else Healthy)
+
+
+def test_colours_that_the_metric_did_not_see_are_found(small_config: RunConfig) -> None:
+    """What a wrapped array between sampler and metric leaves in the curves of the untouched base."""
+    bench = Bench(small_config, NO_WEIGHTS)
+    seen = {"saturation": 0.95, "clipped_share": 0.2, "contrast": 0.4}
+    curves = {f"eval/{name}": {0: value} for name, value in seen.items()}
+    outcome = MetricInputBroken().run(Case("a run", flatten(small_config), curves, bench=bench))
+    assert isinstance(outcome, Finding)
+    assert "drawn again" in outcome.explanation
+
+
+class Forgetful:
+    """Another autoencoder under the name of this one: what a cache keyed by arguments reuses."""
+
+    def __init__(self, encoder: VaeEncoder) -> None:
+        self.encoder, self.identity = encoder, encoder.identity
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        return 1.3 * self.encoder(pixels)
+
+
+def test_a_stale_cache_is_found(small_config: RunConfig, tmp_path: Path) -> None:
+    assert isinstance(run(StaleCache(), small_config), Healthy)
+    other = changed(small_config, {"data": {"cache_dir": str(tmp_path / "other")}})
+    material = Bench(other, NO_WEIGHTS).material
+    cache = RowCache(tmp_path / "stale")
+    encode_latents(material.source.split.train, other.data, other.seed, cache, Forgetful(material.encoder))
+    stale = changed(small_config, {"data": {"cache_dir": str(tmp_path / "stale")}})
+    found = run(StaleCache(), stale)
+    assert isinstance(found, Finding)
+    assert found.evidence["stale_share"].value == 1.0
+
+
+def test_a_split_by_image_is_found(small_config: RunConfig) -> None:
+    assert isinstance(run(PatientLeakage(), small_config), Healthy)
+    found = run(PatientLeakage(), changed(small_config, {"data": {"group_by": "none"}}))
+    assert isinstance(found, Finding)
+    mended = changed(small_config, {"data": {"group_by": found.fix["data.group_by"]}})
+    assert isinstance(run(PatientLeakage(), mended), Healthy)
+
+
+def test_copies_are_found(small_config: RunConfig, tmp_path: Path) -> None:
+    config = changed(small_config, {"memorisation": {"neighbours": 20}, "data": {"validation_fraction": 0.4}})
+    bench = Bench(config, NO_WEIGHTS)
+    for side, kind in ((bench.split.train, Finding), (bench.split.held_out, Healthy)):
+        chosen = side[:: max(1, len(side) // 24)]
+        images = evaluation_pixels(chosen, config.data).numpy()
+        folder = write_pictures(tmp_path / kind.__name__, chosen, images)
+        outcome = run(Memorisation(), config, folder=folder)
+        assert isinstance(outcome, kind), outcome
+
+
+def test_prior_reliance_is_measured(small_config: RunConfig) -> None:
+    sound = run(PromptPrior(), small_config)
+    assert isinstance(sound, Healthy)
+    assert sound.evidence["loss_over_short"].value == 0.0  # the minimal prompts are the shortest ones
+    found = run(PromptPrior(), changed(small_config, {"prompts": {"style": "detailed"}}))
+    assert isinstance(found, Finding)
+    assert float(found.evidence["tokens"].value) > 40
+    assert float(found.evidence["conditional_pull"].value) > 0
+    assert {"loss_over_short", "loss_over_empty"} <= found.evidence.keys()
+    assert any(name.startswith("pull_of.") for name in found.evidence)
+
+
+def test_moved_weights_draw_other_pictures(small_config: RunConfig, tmp_path: Path) -> None:
+    """The bench's fine-tuned network is the base plus the change, and the base stays as it was."""
+    from dfu_mlflow.diagnosis.weights import WeightFiles
+
+    base = Bench(small_config, NO_WEIGHTS).base.unet
+    before = {name: weight.detach().clone() for name, weight in base.named_parameters()}
+    save_file({name: 1.5 * weight for name, weight in before.items()}, tmp_path / "weights.safetensors")
+    bench = Bench(small_config, WeightFiles(tmp_path / "weights.safetensors"))
+    moved = dict(bench.unet("live").named_parameters())
+    assert all(torch.allclose(moved[name], 1.5 * weight) for name, weight in before.items())
+    assert all(torch.equal(weight, before[name]) for name, weight in bench.base.unet.named_parameters())
+    assert not torch.equal(bench.losses("live"), bench.losses("base"))

@@ -1,0 +1,58 @@
+"""`train` says at once what fires, and `diagnose` finds it again in the run that MLflow holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+
+from dfu_mlflow.config import RunConfig
+from dfu_mlflow.config.load import merge, validate
+from dfu_mlflow.pipeline import run_training
+from dfu_mlflow.training_run import TrainingResult
+from registry.diagnose import DiagnoseOptions, run_diagnosis
+
+
+@pytest.fixture(scope="module")
+def ill(
+    small_config_at: Callable[[Path], RunConfig], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[TrainingResult, str]]:
+    """A run whose average stands still, and what its terminal showed."""
+    folder = tmp_path_factory.mktemp("ill")
+    change = {"ema": {"decay": 0.9999, "warmup": False}, "evaluation": {"best_metric": "val_loss"}}
+    config = validate(RunConfig, merge(small_config_at(folder).model_dump(mode="json"), change))
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("dfu_mlflow.progress.Console.say", lambda self, text: said.append(text))
+        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+        yield run_training(config), "\n".join(said)
+        mlflow.set_tracking_uri(None)
+
+
+def test_training_says_it_at_once_and_once(ill: tuple[TrainingResult, str]) -> None:
+    result, said = ill
+    assert said.count("ema_lag") == 1
+    assert said.index("ema_lag") < said.index("epoch 2/2")
+    client = MlflowClient()
+    findings = json.loads(Path(client.download_artifacts(result.run_id, "findings.json")).read_text(encoding="utf-8"))
+    assert findings[0]["id"] == "ema_lag"
+    assert client.get_run(result.run_id).data.tags["finding.first"] == "ema_lag"
+    report = Path(client.download_artifacts(result.run_id, "report.html")).read_text(encoding="utf-8")
+    assert "<h2>Diagnosis</h2>" in report
+    assert "ema_lag" in report
+
+
+def test_diagnose_reads_the_run_from_mlflow(ill: tuple[TrainingResult, str]) -> None:
+    result, _ = ill
+    diagnosis, folder = run_diagnosis(DiagnoseOptions(run=result.run_id, budget="cheap"), None, [])
+    assert diagnosis.findings[0].id == "ema_lag"
+    assert json.loads((folder / "findings.json").read_text(encoding="utf-8"))[0]["id"] == "ema_lag"
+    tags = MlflowClient().get_run(result.run_id).data.tags
+    assert tags["finding.ema_lag"] == "warning" or tags["finding.ema_lag"] == "blocker"
+    assert tags["finding.nonfinite"] == "sound"
+    assert {"diagnosis.html", "findings.json"} <= {file.path for file in MlflowClient().list_artifacts(result.run_id)}
