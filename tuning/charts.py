@@ -59,7 +59,7 @@ def importances(study: optuna.Study, objective: int) -> dict[str, float]:
     value = _value(objective)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="PedAnovaImportanceEvaluator computes")  # the sign sees to it
+            warnings.simplefilter("ignore", UserWarning)  # on which way is better, which the sign says, and few trials
             return dict(optuna.importance.get_param_importances(study, target=lambda trial: sign * value(trial)))
     except (RuntimeError, ValueError):  # too few trials, or all of one value
         return {}

@@ -7,6 +7,7 @@ is taken by its change from WAITING to RUNNING, which the database grants to one
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from dfu_mlflow.config.tuning import TuneConfig
 from dfu_mlflow.runtime import derive_seed
+
+logger = logging.getLogger(__name__)
 
 GRACE_HEARTBEATS = 3
 """Missed in a row, they mean that the worker is dead."""
@@ -69,7 +72,10 @@ def heartbeat(storage: RDBStorage, trial_id: int, every_s: float) -> Iterator[No
 
     def beat() -> None:
         while not stop.wait(every_s):
-            storage.record_heartbeat(trial_id)
+            try:
+                storage.record_heartbeat(trial_id)
+            except Exception as error:  # a database that is away for a moment ends no training
+                logger.warning("no sign of life could be written: %s", error)
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()

@@ -37,14 +37,15 @@ def check_space(config: RunConfig) -> None:
         ConfigError: naming each setting that is unknown, fixed, or takes other values.
     """
     problems: list[str] = []
+    where = "tune.space" if config.tune.kind == "training" else "tune.sampling_space"
     space = config.tune.effective_space()
     for name, searched in space.items():
-        problems += [f"tune.space: {problem}" for problem in _misplaced(name, searched, space, config.tune.kind)]
+        problems += [f"{where}: {problem}" for problem in _misplaced(name, searched, space, config.tune.kind)]
         for value in _ends(searched):
             try:
                 with_values(config, {**(searched.when or {}), name: value})
             except ConfigError as error:
-                problems += [f"tune.space: {problem}" for problem in error.problems]
+                problems += [f"{where}: {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
 

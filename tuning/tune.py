@@ -21,6 +21,7 @@ from tuning.charts import importances, pages
 from tuning.objective import TrainingObjective
 from tuning.outcome import Objective
 from tuning.sampling_study import SamplingObjective
+from tuning.space import check_space
 from tuning.study import WORKER, Worker, join, without_password
 from tuning.summary import best_trials, lines
 
@@ -46,6 +47,7 @@ def tune(config_name: str, flags: Sequence[str]) -> list[str]:
     """
     tree = merge(read_tree(config_name), parse_flags(flags))
     config = validate(RunConfig, tree)
+    check_space(config)
     if config.tune.kind == "training":
         read_source(config)
         objective: Objective = TrainingObjective(config)

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ValidationError
 from dfu_mlflow.errors import ConfigError, UserError
 
 PRESETS = Path(__file__).resolve().parent / "presets"
+WHOLE = ("phase_prompts", "space", "sampling_space")
+"""Mappings that are one setting."""
 
 Model = TypeVar("Model", bound=BaseModel)
 Tree = dict[str, Any]
@@ -52,10 +54,10 @@ def read_tree(config: str, _chain: tuple[Path, ...] = ()) -> Tree:
 
 
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> Tree:
-    """`change` over `base`, section by section; prompts are replaced whole, never mixed."""
+    """`change` over `base`, section by section; prompts and search spaces are replaced whole, never mixed."""
     merged = dict(base)
     for key, value in change.items():
-        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key != "phase_prompts"
+        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key not in WHOLE
         merged[key] = merge(merged[key], value) if nested else value
     return merged
 
@@ -100,7 +102,7 @@ def flatten(config: BaseModel) -> dict[str, Any]:
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
-        if isinstance(value, Mapping) and key != "phase_prompts":
+        if isinstance(value, Mapping) and key not in WHOLE:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -29,14 +29,14 @@ class SearchRange(Section):
     def _consistent(self) -> Self:
         ranged = self.low is not None and self.high is not None
         if ranged == (self.choices is not None) or (self.choices is not None and self.log):
-            raise ValueError("tune.space: each setting needs either low and high (and perhaps log), or choices")
+            raise ValueError("tune space: each setting needs either low and high (and perhaps log), or choices")
         if self.low is not None and self.high is not None:
             if self.low > self.high:
-                raise ValueError(f"tune.space: low {self.low:g} is above high {self.high:g}")
+                raise ValueError(f"tune space: low {self.low:g} is above high {self.high:g}")
             if self.log and self.low <= 0:
-                raise ValueError(f"tune.space: low {self.low:g} cannot be searched on a log scale: give one above 0")
+                raise ValueError(f"tune space: low {self.low:g} cannot be searched on a log scale: give one above 0")
         if self.choices is not None and len(set(self.choices)) < 2:
-            raise ValueError("tune.space: choices needs at least two different values")
+            raise ValueError("tune space: choices needs at least two different values")
         return self
 
 
@@ -81,7 +81,9 @@ class TuneConfig(Section):
     """Any database that SQLAlchemy opens; several machines want PostgreSQL (`postgresql://USER:PASSWORD@HOST/NAME`)."""
     space: dict[str, SearchRange] | None = None
     """Setting -> its values: `{train.learning_rate: {low: 1.0e-4, high: 1.0e-2, log: true}, adapter.rank: [4, 16]}`.
-    None is the kind's own, at the top of this file."""
+    None is the one at the top of this file."""
+    sampling_space: dict[str, SearchRange] | None = None
+    """The same of a sampling study."""
     source: str = "models:/dfu-sampler@challenger"
     """Of a sampling study: whatever `evaluate` opens and that draws."""
     objectives: tuple[str, ...] | None = None
@@ -113,16 +115,16 @@ class TuneConfig(Section):
     max_failures: Positive = 3
     """Trials in a row without a figure after which this process stops."""
 
-    @field_validator("space", mode="before")
+    @field_validator("space", "sampling_space", mode="before")
     @classmethod
     def _by_dotted_name(cls, value: Any) -> Any:
         """`{train: {learning_rate: [..]}}`, as flags arrive, and `train.learning_rate: [..]` are the same."""
         return dict(_settings(value)) if isinstance(value, Mapping) else value
 
     def effective_space(self) -> dict[str, SearchRange]:
-        """What is searched: `space`, or the kind's own."""
-        own = TRAINING_SPACE if self.kind == "training" else SAMPLING_SPACE
-        return self.space or {name: SearchRange.model_validate(values) for name, values in own.items()}
+        """What a study of this kind searches."""
+        stated, own = (self.space, TRAINING_SPACE) if self.kind == "training" else (self.sampling_space, SAMPLING_SPACE)
+        return stated or {name: SearchRange.model_validate(values) for name, values in own.items()}
 
 
 def _settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

