@@ -77,8 +77,8 @@ def test_wrong_flag_and_missing_source() -> None:
 
 
 def test_pictures_are_no_source(study_file: Callable[[Path], Path], tmp_path: Path) -> None:
+    flags = ["--tune.kind", "sampling", "--tune.objectives", "beauty", "--tune.source", str(tmp_path)]
     with pytest.raises(UserError, match=r"--tune.objectives beauty: unknown; .* knows .*coverage"):
-        flags = ["--tune.kind", "sampling", "--tune.objectives", "beauty", "--tune.source", str(tmp_path)]
         main(["--config", str(study_file(tmp_path)), *flags])
 
 
