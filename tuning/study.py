@@ -10,7 +10,7 @@ import socket
 import time
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,8 +193,11 @@ class Worker:
         self.failures: list[str] = []
         self.ran = 0
 
-    def work(self) -> None:
+    def work(self, check_stop: Callable[[], None]) -> None:
         """Run trials until the budget is spent and every trial of it, also of other processes, has ended.
+
+        Args:
+            check_stop: called between trials; raises to stop.
 
         Raises:
             UserError: after several trials in a row without a figure.
@@ -203,6 +206,7 @@ class Worker:
         budget, told = self.config.tune.trials, False
         with self.leaving():
             while True:
+                check_stop()
                 optuna.storages.fail_stale_trials(self.study)
                 number = claim(self.study, self.storage, budget)
                 if number is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
@@ -48,13 +48,12 @@ def tune(config_name: str, flags: Sequence[str]) -> list[str]:
     tree = merge(read_tree(config_name), parse_flags(flags))
     config = validate(RunConfig, tree)
     check_space(config)
-    if config.tune.kind == "training":
-        read_source(config)
-        objective: Objective = TrainingObjective(config)
-        return work(config, objective)
-    config = sampling_configuration(config, tree, config_name, flags)
     with StopRequest() as stop:
-        return work(config, SamplingObjective(config, stop.check))
+        if config.tune.kind == "training":
+            read_source(config)
+            return work(config, TrainingObjective(config), stop.check)
+        config = sampling_configuration(config, tree, config_name, flags)
+        return work(config, SamplingObjective(config, stop.check), stop.check)
 
 
 def sampling_configuration(config: RunConfig, tree: Tree, config_name: str, flags: Sequence[str]) -> RunConfig:
@@ -72,12 +71,12 @@ def sampling_configuration(config: RunConfig, tree: Tree, config_name: str, flag
     return validate(RunConfig, merge(merge(own, {"resume": "none"}), stated))
 
 
-def work(config: RunConfig, objective: Objective) -> list[str]:
+def work(config: RunConfig, objective: Objective, check_stop: Callable[[], None]) -> list[str]:
     """Take part in the study, and end it if that falls to this process."""
     worker = Worker(config, join(config, objective.names), objective)
     if worker.runs.is_fresh():
         worker.runs.describe(dump_yaml(hidden(config)), provenance())
-    worker.work()
+    worker.work(check_stop)
     said = lines(worker.study, objective.names)
     if not falls_to(worker):
         return said

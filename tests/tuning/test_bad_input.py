@@ -76,7 +76,7 @@ def test_wrong_flag_and_missing_source() -> None:
         main(["--tune.kind", "sampling", "--tune.source", "no/such/model"])
 
 
-def test_pictures_are_no_source(study_file: Callable[[Path], Path], tmp_path: Path) -> None:
+def test_an_objective_that_is_no_figure(study_file: Callable[[Path], Path], tmp_path: Path) -> None:
     flags = ["--tune.kind", "sampling", "--tune.objectives", "beauty", "--tune.source", str(tmp_path)]
     with pytest.raises(UserError, match=r"--tune.objectives beauty: unknown; .* knows .*coverage"):
         main(["--config", str(study_file(tmp_path)), *flags])
