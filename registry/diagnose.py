@@ -93,9 +93,12 @@ def run_diagnosis(options: DiagnoseOptions, config_name: str | None, flags: Sequ
     told = tell_of_run(options.run) if options.run else tell_of_checkpoint(options, config_name)
     for note in told.notes:
         print(f"note: {note}")
-    case = build_case(options, told, parse_flags(flags))
+    stated = parse_flags(flags)
+    output_dir = Path(stated.pop("output_dir", OUTPUT_DIR))
+    case = build_case(options, told, stated)
     diagnosis = diagnose(case, options.budget)
-    folder = _write(case.name, diagnosis, options)
+    folder = output_dir / (options.run.removeprefix("runs:/")[:8] or Path(case.name).name)
+    _write(case.name, diagnosis, options, folder)
     return diagnosis, folder
 
 
@@ -241,9 +244,8 @@ def _states(stated: Mapping[str, Any], key: str) -> bool:
     return True
 
 
-def _write(name: str, diagnosis: Diagnosis, options: DiagnoseOptions) -> Path:
+def _write(name: str, diagnosis: Diagnosis, options: DiagnoseOptions, folder: Path) -> None:
     """Into a folder, and for a run of ours into its artifacts and tags as well."""
-    folder = OUTPUT_DIR / (options.run.removeprefix("runs:/")[:8] or Path(name).name)
     folder.mkdir(parents=True, exist_ok=True)
     html = render(diagnosis_report(name, diagnosis))
     for file, text in {"findings.json": diagnosis.document(), "report.html": html}.items():
@@ -254,4 +256,3 @@ def _write(name: str, diagnosis: Diagnosis, options: DiagnoseOptions) -> Path:
         client.log_text(run_id, html, "diagnosis.html")
         for key, value in finding_tags(diagnosis).items():
             client.set_tag(run_id, key, value)
-    return folder
