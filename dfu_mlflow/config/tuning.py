@@ -100,9 +100,9 @@ class TuneConfig(Section):
     """Of the pruners: one trial in so many goes on from rung to rung."""
     epochs: Positive | None = 3
     """Of each training; None is train.epochs."""
-    steps_per_epoch: Positive | None = 60
+    steps_per_epoch: Positive | None = 40
     """Of each training; None is train.steps_per_epoch."""
-    samples: Positive | None = 96
+    samples: Positive | None = 60
     """Pictures that a training trial is judged by; None is evaluation.samples."""
     samples_per_setting: Positive = 36
     """Pictures that a sampling setting is judged by."""
