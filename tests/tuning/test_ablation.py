@@ -57,6 +57,8 @@ def test_a_study_goes_on_where_it_was_stopped(files: tuple[str, str], monkeypatc
     monkeypatch.setattr(module, "run_training", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         study(plan, config, [])
+    stopped = MlflowClient().search_runs(["0", "1"], "attributes.status = 'KILLED'")
+    assert [run.data.tags["exit.reason"] for run in stopped] == ["stopped; the same command goes on"]
     monkeypatch.setattr(module, "run_training", real)
     said = study(plan, config, [])
     assert said[0].startswith("kid (smaller is better; 4 trainings)")

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import dump_yaml, merge, parse_flags, read_tree, validate
 from dfu_mlflow.config.study import Plan, read_plan
-from dfu_mlflow.errors import UserError
+from dfu_mlflow.errors import Interrupted, UserError
 from dfu_mlflow.evaluator import Measurement
 from dfu_mlflow.pipeline import run_training
 from dfu_mlflow.preparation import read_source
@@ -57,9 +57,15 @@ def study(plan_name: str, config_name: str, flags: Sequence[str]) -> list[str]:
         config.output_dir, {"plan": plan.model_dump(mode="json"), "config": config.model_dump(mode="json")}
     )
     parent = open_parent(name, config, plan, journal)
-    work(experiment, journal, parent)
-    said, tables = conclusions(experiment, journal)
     client = MlflowClient()
+    try:
+        work(experiment, journal, parent)
+    except BaseException as error:  # Ctrl-C too: no run is left RUNNING
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+        client.set_tag(parent, REASON_TAG, "stopped; the same command goes on" if stopped else type(error).__name__)
+        client.set_terminated(parent, "KILLED" if stopped else "FAILED")
+        raise
+    said, tables = conclusions(experiment, journal)
     client.log_text(parent, "\n".join(said) + "\n", "summary.txt")
     client.log_text(parent, study_page(name, experiment, journal, said, tables), "report.html")
     for headline, found in tables.items():
