@@ -50,7 +50,7 @@ def cells(factors: Sequence[Factor], fraction: Fraction = "full") -> list[dict[s
     if fraction == "half" and len(factors) < HALF_NEEDS:
         raise UserError(
             f"a half fraction of {len(factors)} trained factors mixes interactions with main effects: it needs "
-            f"{HALF_NEEDS}; set --study.fraction full"
+            f"{HALF_NEEDS}; set --plan.fraction full"
         )
     names = [factor.name for factor in factors]
     every = [dict(zip(names, levels, strict=True)) for levels in itertools.product(*((f.low, f.high) for f in factors))]
