@@ -285,11 +285,16 @@ class Tracker:
             self._client.log_batch(self.run_id, metrics=points)
 
 
+def masked(text: str) -> str:
+    """One line, at most 1,000 characters, without names of image files: they may name patients."""
+    return IMAGE_FILE.sub("[image]", " ".join(text.split()))[:1000]
+
+
 def _outcome(error: BaseException) -> tuple[str, str]:
     """Status and reason of a run that an exception ends."""
     if isinstance(error, SystemExit) and error.code in (None, 0):
         return "FINISHED", "finished"
-    message = IMAGE_FILE.sub("[image]", " ".join(str(error).split()))[:1000]
+    message = masked(str(error))
     if isinstance(error, Pruned):
         return "KILLED", f"pruned: {message}"
     if isinstance(error, Interrupted | KeyboardInterrupt):

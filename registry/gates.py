@@ -94,6 +94,8 @@ def classes(evidence: Evidence, gates: GatesConfig) -> Answer:
     """No class is worse than the rival's."""
     found = {name: each for name, each in evidence.compared.items() if name.endswith(f"/{gates.classes.metric}")}
     figures = {f"{name}/{key}": value for name, each in found.items() for key, value in _figures(each).items()}
+    if not found and (metric := gates.classes.metric) not in evidence.compared:
+        return Answer("classes", False, f"{metric} was not compared: {_why(evidence, metric)}")
     worse = [each.sentence for each in found.values() if each.outcome == "worse"]
     if worse:
         return Answer("classes", False, f"against {evidence.rival}, {'; '.join(worse)}", figures)

@@ -161,7 +161,10 @@ def _go_back(model: str) -> Promotion:
     name = model.removeprefix("models:/").partition("@")[0].partition("/")[0]
     if not model.startswith("models:/") or not name:
         raise UserError(f"--model {model}: give models:/NAME@ALIAS or models:/NAME/VERSION")
-    left, now = roll_back(name)
+    try:
+        left, now = roll_back(name)
+    except Overtaken as error:
+        raise UserError(f"not rolled back, somebody else moved the champion meanwhile: {error}") from None
     said = f"{name}: version {now} is the champion again, version {left} was"
     return Promotion(name, now, left, True, (), (said,))
 

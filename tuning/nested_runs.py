@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from optuna.trial import TrialState
 
-from dfu_mlflow.tracking import REASON_TAG
+from dfu_mlflow.tracking import REASON_TAG, masked
 from dfu_mlflow.tracking_store import NAME_TAG, PARENT_TAG, experiment_id, prepare_store
 
 RUN_ATTRIBUTE = "mlflow_run_id"
@@ -59,7 +59,7 @@ class StudyRuns:
         run = self.client.get_run(run_id)
         self.client.set_tag(run_id, STATE_TAG, state.name)
         if REASON_TAG not in run.data.tags:
-            self.client.set_tag(run_id, REASON_TAG, reason)
+            self.client.set_tag(run_id, REASON_TAG, masked(reason))
         if run.info.status == "RUNNING":
             self.client.set_terminated(run_id, STATUS[state])
 
@@ -89,7 +89,7 @@ class StudyRuns:
 
     def close(self, status: str, reason: str) -> None:
         """End the study's own run."""
-        self.client.set_tag(self.parent_id, REASON_TAG, reason)
+        self.client.set_tag(self.parent_id, REASON_TAG, masked(reason))
         self.client.set_terminated(self.parent_id, status)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import socket
 import time
@@ -24,6 +23,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from dfu_mlflow.config import RunConfig, flatten
+from dfu_mlflow.config.load import without_password
 from dfu_mlflow.errors import Interrupted, Pruned, UserError
 from dfu_mlflow.verdict import larger_is_better
 from tuning.claims import FINISHED, budgeted, build_pruner, build_sampler, claim, heartbeat, open_database, retry
@@ -144,11 +144,6 @@ def quiet_optuna() -> None:
     warnings.filterwarnings("ignore", category=ExperimentalWarning)
 
 
-def without_password(url: str) -> str:
-    """A database's address as it may be shown."""
-    return re.sub(r"(://[^:/@\s]+):\S*@", r"\1:***@", url)
-
-
 def _open(config: RunConfig) -> RDBStorage:
     url, tune = config.tune.storage, config.tune
 
@@ -165,7 +160,7 @@ def _open(config: RunConfig) -> RDBStorage:
             time.sleep(attempt)
     raise UserError(
         f"--tune.storage {without_password(url)} cannot be opened: {without_password(problem)}; give "
-        "sqlite:///FILE.db, or postgresql://USER:PASSWORD@HOST/NAME of a server that runs"
+        "sqlite:///FILE.db, or postgresql://USER@HOST/NAME (password in PGPASSWORD) of a server that runs"
     )
 
 

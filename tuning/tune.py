@@ -22,7 +22,7 @@ from tuning.objective import TrainingObjective
 from tuning.outcome import Objective
 from tuning.sampling_study import SamplingObjective
 from tuning.space import check_space
-from tuning.study import WORKER, Worker, join, without_password
+from tuning.study import WORKER, Worker, join
 from tuning.summary import best_trials, lines
 
 ENDED = "ended"
@@ -75,7 +75,7 @@ def work(config: RunConfig, objective: Objective, check_stop: Callable[[], None]
     """Take part in the study, and end it if that falls to this process."""
     worker = Worker(config, join(config, objective.names), objective)
     if worker.runs.is_fresh():
-        worker.runs.describe(dump_yaml(hidden(config)), provenance())
+        worker.runs.describe(dump_yaml(config), provenance())
     worker.work(check_stop)
     said = lines(worker.study, objective.names)
     if not falls_to(worker):
@@ -85,12 +85,6 @@ def work(config: RunConfig, objective: Objective, check_stop: Callable[[], None]
     conclude(config, worker, objective.names, said)
     worker.study.set_user_attr(ENDED, {"by": worker.name, "at": time.time(), "trials": budget, "done": True})
     return said
-
-
-def hidden(config: RunConfig) -> RunConfig:
-    """The configuration without the database's password."""
-    shown = config.tune.model_copy(update={"storage": without_password(config.tune.storage)})
-    return config.model_copy(update={"tune": shown})
 
 
 def falls_to(worker: Worker) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -91,13 +92,27 @@ def validate(model: type[Model], tree: Tree) -> Model:
 
 
 def dump_yaml(config: BaseModel) -> str:
-    """The resolved configuration as YAML that `load` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    """The resolved configuration as YAML that `load` reads back to an equal one, but for passwords in addresses."""
+    return yaml.safe_dump(_shown(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True, width=100)
+
+
+def without_password(text: str) -> str:
+    """Text in which addresses (`scheme://user:password@host`, `?password=`) show no password."""
+    return re.sub(r"([?&]password=)[^&\s]+", r"\1***", re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text))
+
+
+def _shown(tree: Any) -> Any:
+    """The same tree without passwords: what is dumped goes to MLflow."""
+    if isinstance(tree, Mapping):
+        return {key: _shown(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_shown(value) for value in tree]
+    return without_password(tree) if isinstance(tree, str) else tree
 
 
 def flatten(config: BaseModel) -> dict[str, Any]:
     """{"section.field": value}; None and mappings stay as they are."""
-    return dict(_leaves(config.model_dump(mode="json")))
+    return dict(_leaves(_shown(config.model_dump(mode="json"))))
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -78,7 +78,8 @@ class TuneConfig(Section):
     study: str | None = None
     """Processes that name the same study share it, and the same command goes on with it; None is `dfu-KIND`."""
     storage: str = "sqlite:///optuna.db"
-    """Any database that SQLAlchemy opens; several machines want PostgreSQL (`postgresql://USER:PASSWORD@HOST/NAME`)."""
+    """Any database that SQLAlchemy opens; several machines want PostgreSQL: `postgresql://USER@HOST/NAME`, with the
+    password in the environment's PGPASSWORD."""
     space: dict[str, SearchRange] | None = None
     """Setting -> its values: `{train.learning_rate: {low: 1.0e-4, high: 1.0e-2, log: true}, adapter.rank: [4, 16]}`.
     None is the one at the top of this file."""

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from dfu_mlflow.config import RunConfig, dump_yaml, flatten, load, preset_names
-from dfu_mlflow.config.load import parse_flags
+from dfu_mlflow.config.load import parse_flags, without_password
 from dfu_mlflow.config.prompts import MINIMAL, resolve_prompts, resolve_style
 from dfu_mlflow.config.schema import PromptsConfig
 from dfu_mlflow.errors import ConfigError, UserError
@@ -214,3 +214,18 @@ def test_a_configuration_does_not_change() -> None:
 
 def test_dumped_yaml_is_plain() -> None:
     assert yaml.safe_load(dump_yaml(RunConfig()))["data"]["root"] == "phantom"
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("postgresql+psycopg://me:p@ss@host/db", "postgresql+psycopg://me:***@host/db"),
+        ("postgresql://host/db?password=p%40ss&user=me", "postgresql://host/db?password=***&user=me"),
+        ("sqlite:///optuna.db", "sqlite:///optuna.db"),
+    ],
+)
+def test_passwords_are_neither_dumped_nor_flattened(address: str, shown: str) -> None:
+    config = load(RunConfig, None, ["--tune.storage", address])
+    assert config.tune.storage == address
+    assert without_password(address) == shown == flatten(config)["tune.storage"]
+    assert yaml.safe_load(dump_yaml(config))["tune"]["storage"] == shown

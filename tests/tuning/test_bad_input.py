@@ -12,7 +12,7 @@ from dfu_mlflow.config.load import preset_names
 from dfu_mlflow.errors import UserError
 from entrypoints.tune import main
 from tuning.space import check_space
-from tuning.study import join, without_password
+from tuning.study import join
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,3 @@ def test_an_objective_that_is_no_figure(study_file: Callable[[Path], Path], tmp_
 def test_the_space_of_every_preset_fits_it(preset: str) -> None:
     for kind in ("training", "sampling"):
         check_space(load(RunConfig, preset, ["--tune.kind", kind]))
-
-
-def test_passwords_are_not_shown() -> None:
-    assert without_password("postgresql+psycopg://me:p@ss@host/db") == "postgresql+psycopg://me:***@host/db"

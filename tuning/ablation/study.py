@@ -18,7 +18,7 @@ from dfu_mlflow.evaluator import Measurement
 from dfu_mlflow.pipeline import run_training
 from dfu_mlflow.preparation import read_source
 from dfu_mlflow.runtime import provenance
-from dfu_mlflow.tracking import REASON_TAG
+from dfu_mlflow.tracking import REASON_TAG, masked
 from dfu_mlflow.tracking_store import NAME_TAG, PARENT_TAG, experiment_id, prepare_store
 from dfu_mlflow.verdict import larger_is_better
 from tuning.ablation.design import Cell
@@ -131,8 +131,9 @@ def train(
     try:
         run_training(config, supervisor=supervisor)
     except UserError as error:
-        journal.end(cell, seed, failed=str(error))
-        return str(error)
+        reason = masked(str(error))
+        journal.end(cell, seed, failed=reason)
+        return reason
     journal.end(cell, seed, samplings=supervisor.samplings)
     shutil.rmtree(config.output_dir, ignore_errors=True)  # weights of every training would fill the disk
     return None

@@ -24,7 +24,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        # Containers have no user namespaces for the sandbox; the only page is ours.
+        # Chromium's sandbox refuses to start for root; the only page opened here is our own.
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield browser
         browser.close()
