@@ -53,6 +53,7 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
     """
     # A clinic's network is closed and its runs are private: MLflow reports usage unless told not to.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one bar for each small file otherwise
     try:
         return main(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:

@@ -1,28 +1,52 @@
 """`mlflow run . -e diagnose`: a run, or a fine-tune made elsewhere -> ranked findings and the change that mends
-each."""
+each; several runs -> what the failing ones share."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dfu_mlflow import entry
 from dfu_mlflow.config import load
+from dfu_mlflow.errors import UserError
 
 
 def main(arguments: Sequence[str]) -> int:
     """Diagnose and say where the findings are; 0 whether or not there are any."""
+    shared, rest = entry.split(arguments, {"runs": "", "experiment": "", "outcome": "", "failing": ""})
+    if shared["runs"]:
+        return compare([*_given(shared), *rest])
+    if unused := _given(shared):
+        raise UserError(f"{unused[0]} goes with --runs, for several runs to compare")
     names = {"run": "", "checkpoint": "", "images": "", "embeddings": "", "curves": ""}
-    options, flags = entry.split(arguments, {**names, "weights": "best", "budget": "full", "config": ""})
+    options, flags = entry.split(rest, {**names, "weights": "best", "budget": "full", "config": ""})
     from dfu_mlflow.diagnosis.report import print_diagnosis
     from registry.diagnose import DiagnoseOptions, run_diagnosis
 
     config = options.pop("config")
-    given = [part for name, value in options.items() if value for part in (f"--{name}", value)]
-    diagnosis, folder = run_diagnosis(load(DiagnoseOptions, None, given), config or None, flags)
+    diagnosis, folder = run_diagnosis(load(DiagnoseOptions, None, _given(options)), config or None, flags)
     print_diagnosis(diagnosis)
     print(f"written: {folder / 'findings.json'} and {folder / 'report.html'}")
     return 0
+
+
+def compare(flags: Sequence[str]) -> int:
+    """Say what failing runs share and where it was written; 0 whatever it is."""
+    from dfu_mlflow.diagnosis.shared_report import print_comparison
+    from registry.compare_runs import CompareOptions, compare_runs
+
+    _, rest = entry.split(flags, {"run": ""})  # `mlflow run` passes it empty
+    comparison, written = compare_runs(load(CompareOptions, None, rest))
+    print_comparison(comparison)
+    print(f"written: {', '.join(map(str, written))}")
+    plans = [path for path in written if path.name.startswith("separate_")]
+    for plan in plans:
+        print(f"next: python -m entrypoints.study --plan {plan} --config {plan.with_name('best_run.yaml')}")
+    return 0
+
+
+def _given(options: Mapping[str, str]) -> list[str]:
+    return [part for name, value in options.items() if value for part in (f"--{name}", value)]
 
 
 if __name__ == "__main__":
