@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import Tree, dump_yaml, merge, parse_flags, preset_names, read_tree, validate
@@ -18,21 +18,17 @@ from dfu_mlflow.training_run import TrainingResult
 from registry.publish import publish
 from registry.source import locate
 from tuning.charts import importances, pages
+from tuning.ending import end_once
 from tuning.objective import TrainingObjective
 from tuning.outcome import Objective
 from tuning.sampling_study import SamplingObjective
 from tuning.space import check_space
-from tuning.study import WORKER, Worker, join
+from tuning.study import WORKER, Worker, join, recorded_source, study_name
 from tuning.summary import best_trials, lines
-
-ENDED = "ended"
-"""Attribute of a study: when, by whom and at which number of trials it was ended."""
-ENDING_S = 600.0
-"""After this long another process may end a study whose ending was begun."""
 
 
 def tune(config_name: str, flags: Sequence[str]) -> list[str]:
-    """Work on a study until its budget is spent; the process that ran its last trial ends it.
+    """Work on a study until its budget is spent; one of the processes ends it.
 
     Args:
         config_name: preset or file.
@@ -62,44 +58,56 @@ def sampling_configuration(config: RunConfig, tree: Tree, config_name: str, flag
     Raises:
         UserError: for a source that is not there.
     """
-    own = locate(config.tune.source).configuration
+    source = bound_source(config)
+    bound = {"tune": {"source": source}}
+    own = locate(source).configuration
     if own is None:
-        return config
+        return validate(RunConfig, merge(tree, bound))
     stated = merge({"tune": tree.get("tune", {})}, parse_flags(flags))
     if config_name not in preset_names():
         stated = merge(read_tree(config_name), stated)
-    return validate(RunConfig, merge(merge(own, {"resume": "none"}), stated))
+    return validate(RunConfig, merge(merge(own, {"resume": "none"}), merge(stated, bound)))
+
+
+def bound_source(config: RunConfig) -> str:
+    """What a sampling study draws with, by a name that never comes to mean another model.
+
+    An alias is looked up when the study is made; the same command goes on with the version it stood for then, also
+    after it moved (registering a study's winner moves it).
+
+    Raises:
+        UserError: for a source that is not there.
+    """
+    stated = config.tune.source
+    located = locate(stated)
+    exact = located.version or located.model_id
+    if exact is None:
+        return stated
+    recorded = recorded_source(config) if "@" in stated else None
+    name = stated.partition("@")[0]
+    if recorded is None or recorded == f"models:/{exact}" or not recorded.startswith(f"{name}/"):
+        return f"models:/{exact}"
+    print(
+        f"{stated} is models:/{exact} by now; study {study_name(config)} goes on with {recorded}, which it was made "
+        "for (give another --tune.study to search for the new one)",
+        flush=True,
+    )
+    return recorded
 
 
 def work(config: RunConfig, objective: Objective, check_stop: Callable[[], None]) -> list[str]:
-    """Take part in the study, and end it if that falls to this process."""
-    worker = Worker(config, join(config, objective.names), objective)
-    if worker.runs.is_fresh():
-        worker.runs.describe(dump_yaml(config), provenance())
-    worker.work(check_stop)
-    said = lines(worker.study, objective.names)
-    if not falls_to(worker):
-        return said
-    budget = config.tune.trials
-    worker.study.set_user_attr(ENDED, {"by": worker.name, "at": time.time(), "trials": budget, "done": False})
-    conclude(config, worker, objective.names, said)
-    worker.study.set_user_attr(ENDED, {"by": worker.name, "at": time.time(), "trials": budget, "done": True})
+    """Take part in the study until its budget is spent and one of its processes has ended it."""
+    joined = join(config, objective.names)
+    worker = Worker(config, joined, objective)
+    with worker.leaving():
+        if worker.runs.is_fresh():
+            worker.runs.describe(dump_yaml(config), provenance())
+        worker.work(check_stop)
+        said = lines(worker.study, objective.names)
+        end = partial(conclude, config, worker, objective.names, said)
+        if not end_once(worker.study, joined.storage, config.tune.trials, end, check_stop):
+            worker.runs.close_again(worker.study)
     return said
-
-
-def falls_to(worker: Worker) -> bool:
-    """Does ending the study fall to this process?
-
-    To the one that ran the trial that ended last; or, where that one is gone, to whoever comes after it.
-    """
-    ended = worker.study.user_attrs.get(ENDED)
-    if ended is not None and ended["trials"] >= worker.config.tune.trials:
-        return not ended["done"] and time.time() - ended["at"] > ENDING_S
-    finished = worker.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-    if not finished:
-        return True
-    last = max(finished, key=lambda trial: (trial.datetime_complete, trial.number))
-    return last.user_attrs.get(WORKER) == worker.name or not worker.ran
 
 
 def conclude(config: RunConfig, worker: Worker, names: tuple[str, ...], said: list[str]) -> None:
