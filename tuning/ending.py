@@ -12,6 +12,8 @@ from optuna.trial import TrialState
 from tuning.claims import claim, give_up_dead, heartbeat, retry
 
 POLL_S = 1.0
+ENDED = "ended"
+"""Attribute of a study: the largest budget it was ended at; a smaller one is over as well."""
 
 
 def end_once(
@@ -43,7 +45,9 @@ def end_once(
         storage=storage, study_name=f"{study.study_name}: ending at {budget} trials", load_if_exists=True
     )
     study_id = storage.get_study_id_from_name(token.study_name)
-    while not token.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+    while study.user_attrs.get(ENDED, 0) < budget and not token.get_trials(
+        deepcopy=False, states=(TrialState.COMPLETE,)
+    ):
         check_stop()
         give_up_dead(token, storage)
         number = claim(token, storage, budget=1)
@@ -59,5 +63,6 @@ def end_once(
                 retry(token, token.get_trials(deepcopy=False)[number])
                 raise
             token.tell(number, 0.0, skip_if_finished=True)
+            study.set_user_attr(ENDED, budget)
         return True
     return False

@@ -15,6 +15,8 @@ from dfu_mlflow.interrupt import StopRequest
 from dfu_mlflow.preparation import read_source
 from dfu_mlflow.runtime import provenance
 from dfu_mlflow.training_run import TrainingResult
+from registry.aliases import version_at
+from registry.promote import PromoteOptions, promote
 from registry.publish import publish
 from registry.source import locate
 from tuning.charts import importances, pages
@@ -25,6 +27,10 @@ from tuning.sampling_study import SamplingObjective
 from tuning.space import check_space
 from tuning.study import WORKER, Worker, join, recorded_source, study_name
 from tuning.summary import best_trials, lines
+from tuning.winner import register_winner
+
+VERSION_TAG = "registered.version"
+"""Of the study's run: what it registered last."""
 
 
 def tune(config_name: str, flags: Sequence[str]) -> list[str]:
@@ -105,9 +111,10 @@ def work(config: RunConfig, objective: Objective, check_stop: Callable[[], None]
         worker.work(check_stop)
         said = lines(worker.study, objective.names)
         end = partial(conclude, config, worker, objective.names, said)
-        if not end_once(worker.study, joined.storage, config.tune.trials, end, check_stop):
+        ended = end_once(worker.study, joined.storage, config.tune.trials, end, check_stop)
+        if not ended:
             worker.runs.close_again(worker.study)
-    return said
+    return [*said, *(gate(config, worker) if ended else ())]
 
 
 def conclude(config: RunConfig, worker: Worker, names: tuple[str, ...], said: list[str]) -> None:
@@ -124,13 +131,24 @@ def conclude(config: RunConfig, worker: Worker, names: tuple[str, ...], said: li
         runs.client.set_tag(runs.parent_id, "best.trial", str(trial.number))
         for number, name in enumerate(names):
             runs.client.log_metric(runs.parent_id, f"best/{name}", trial.values[number])
-    if best and config.tune.kind == "training":
-        register(config, best[0])
+    if best and config.registry.register_model:
+        training = config.tune.kind == "training"
+        version = register(config, best[0]) if training else register_winner(config, study, best[0], names)
+        if version is not None:
+            runs.client.set_tag(runs.parent_id, VERSION_TAG, version)
     runs.close("FINISHED" if best else "FAILED", "finished" if best else "no trial has a figure")
 
 
-def register(config: RunConfig, trial: FrozenTrial) -> None:
-    """Register the best trial's checkpoint, with the guidance it was judged at as its default."""
+def gate(config: RunConfig, worker: Worker) -> list[str]:
+    """Put the version that the study registered through the gate, when asked to."""
+    version = worker.runs.client.get_run(worker.runs.parent_id).data.tags.get(VERSION_TAG)
+    if not config.registry.promote or version is None:
+        return []
+    return list(promote(PromoteOptions(model=f"models:/{version}"), None, []).sentences)
+
+
+def register(config: RunConfig, trial: FrozenTrial) -> str | None:
+    """Register the best trial's checkpoint, with the guidance it was judged at as its default: `NAME/VERSION`."""
     facts = trial.user_attrs
     bundle = Path(facts["bundle"])
     if not bundle.is_dir():
@@ -138,7 +156,7 @@ def register(config: RunConfig, trial: FrozenTrial) -> None:
             f"not registered: trial {trial.number} was run elsewhere ({facts[WORKER]}), and its files in {bundle} "
             "cannot be seen from here; let the processes share output_dir"
         )
-        return
+        return None
     publish(
         TrainingResult(
             run_id=facts["mlflow_run_id"],
@@ -151,3 +169,4 @@ def register(config: RunConfig, trial: FrozenTrial) -> None:
         ),
         config,
     )
+    return f"{config.registry.name}/{version_at(config.registry.name, config.registry.alias)}"

@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 
 from dfu_mlflow.config.tuning import TuneConfig
 from tuning.claims import REASON, claim, give_up_dead, open_database, retry
+from tuning.ending import end_once
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
@@ -97,3 +98,18 @@ def test_a_trial_that_was_given_up_and_not_queued_again_is_not_lost(study: optun
     for _ in range(2):
         give_up_dead(study, storage)
     assert [trial.system_attrs.get("retry_history") for trial in study.trials] == [None, None, [0]]
+
+
+def test_a_larger_budget_is_another_ending_and_a_smaller_one_is_none(study: optuna.Study) -> None:
+    storage, concluded = study._storage._backend, list[int]()  # type: ignore[attr-defined]
+    for budget in (3, 3, 2, 5):
+        end_once(study, storage, budget, lambda budget=budget: concluded.append(budget), lambda: None)  # type: ignore[misc]
+    assert concluded == [3, 5]
+
+
+def test_an_ending_that_raises_is_taken_up_again(study: optuna.Study) -> None:
+    storage = study._storage._backend  # type: ignore[attr-defined]
+    with pytest.raises(ZeroDivisionError):
+        end_once(study, storage, 3, lambda: print(1 / 0), lambda: None)
+    assert end_once(study, storage, 3, lambda: None, lambda: None)
+    assert not end_once(study, storage, 3, lambda: None, lambda: None)
