@@ -59,6 +59,13 @@ def write_bundle(folder: Path, config: RunConfig, source: BundleSource) -> Path:
     return folder
 
 
+def copy_bundle(bundle: Path, folder: Path, settings: Settings) -> Path:
+    """The same weights, base and prompts in another folder, with other sampling defaults."""
+    shutil.copytree(bundle, folder)
+    change_settings(folder, settings)
+    return folder
+
+
 def change_settings(folder: Path, settings: Settings) -> None:
     """Give a bundle other sampling defaults."""
     facts = read_document(folder / BUNDLE, "sampler") | {"settings": asdict(settings)}

@@ -60,6 +60,13 @@ class Settings:
     prediction_type: str | None = None
 
 
+def read_settings(file: Path) -> Settings:
+    """The defaults in a bundle's `sampler.json`."""
+    settings = dict(read_document(file, "sampler")["settings"])
+    settings["original_size_px"] = tuple(settings["original_size_px"])
+    return Settings(**settings)
+
+
 def build_scheduler(config: dict[str, Any], name: str, prediction_type: str | None) -> Any:
     """A fresh solver (they carry state from step to step) on the base's own noise schedule."""
     kinds = {
@@ -242,6 +249,4 @@ class Sampler:
         conditioner = encode_prompts(pipe, facts["prompts"], facts["negative_prompt"])
         target = pick_device(device)
         pipe.to(target)
-        settings = dict(facts["settings"])
-        settings["original_size_px"] = tuple(settings["original_size_px"])
-        return cls(pipe, conditioner.to(target), Settings(**settings), int(facts["batch_size"]))
+        return cls(pipe, conditioner.to(target), read_settings(bundle / BUNDLE), int(facts["batch_size"]))

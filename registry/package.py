@@ -19,7 +19,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.sampling import BUNDLE
 from registry.card import DESCRIPTION_CHARACTERS, CardFacts, model_card
-from registry.source import data_digest
+from registry.source import SAMPLER, data_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = "README.md"
@@ -61,7 +61,12 @@ class RegisteredSampler:
 
 
 def register_sampler(
-    bundle: Path, config: RunConfig, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]
+    bundle: Path,
+    config: RunConfig,
+    run_id: str,
+    metrics: Mapping[str, float],
+    tags: Mapping[str, str],
+    model_name: str = SAMPLER,
 ) -> RegisteredSampler:
     """Log a bundle as a model of a run, register it and move `config.registry.alias` to it.
 
@@ -71,6 +76,7 @@ def register_sampler(
         run_id: the run that trained it; its status stays as it is.
         metrics: figures of the checkpoint; become tags of the version, so that gates read them without the run.
         tags: further tags of the version, e.g. `metric_identity`.
+        model_name: of the LoggedModel; a run's own sampler keeps its name to itself, for runs are evaluated by it.
     """
     facts = json.loads((bundle / BUNDLE).read_text(encoding="utf-8"))
     card = model_card(CardFacts(config.registry.name, facts, run_id, data_digest(run_id), metrics, tags))
@@ -78,7 +84,7 @@ def register_sampler(
     with tempfile.TemporaryDirectory() as folder:
         info = Model.log(
             artifact_path=None,
-            name="sampler",
+            name=model_name,
             flavor=mlflow.pyfunc,
             run_id=run_id,
             python_model=str(ROOT / "registry" / "sampler.py"),

@@ -2,17 +2,23 @@
 
 A study's trials are rows in its database. A trial that is not a retry is an *original*; the first `tune.trials`
 originals, by number, are the budget. Numbers never change, so every process sees the same ones without a lock; a trial
-is taken by its change from WAITING to RUNNING, which the database grants to one process only.
+is taken by its change from WAITING to RUNNING, which the database grants to one process only: by SELECT FOR UPDATE, or
+on SQLite, which has none, under a lock on a file beside it.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import optuna
+from filelock import FileLock
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
@@ -24,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 GRACE_HEARTBEATS = 3
 """Missed in a row, they mean that the worker is dead."""
+REASON = "reason"
+"""Attribute of a trial that failed by itself; the others are tried again."""
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -55,10 +63,39 @@ def claim(study: optuna.Study, storage: RDBStorage, budget: int) -> int | None:
 
 def _taken(study_id: int, storage: RDBStorage, number: int) -> bool:
     trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
+    # Before the change: a process killed right after it would leave a trial that never showed a sign of life, and
+    # Optuna gives up only those whose signs have stopped.
+    storage.record_heartbeat(trial_id)
     try:
-        return storage.set_trial_state_values(trial_id, state=TrialState.RUNNING)
+        with alone(storage.url):
+            return storage.set_trial_state_values(trial_id, state=TrialState.RUNNING)
     except UpdateFinishedTrialError:
         return False
+
+
+def alone(url: str) -> AbstractContextManager[Any]:
+    """One process at a time, where the database is a SQLite file: there two may read a row before either writes it."""
+    file = Path(url.removeprefix("sqlite:///").partition("?")[0])
+    return FileLock(f"{file}.lock") if url.startswith("sqlite:///") and file.parent.is_dir() else nullcontext()
+
+
+def give_up_dead(study: optuna.Study, storage: RDBStorage) -> None:
+    """Fail trials whose worker shows no sign of life and queue them again.
+
+    So are those that a process gave up, or was told to interrupt, and died before it had queued them: failed, without
+    a reason and without a retry.
+    """
+    queue, grace = storage.get_heartbeat_stale_trial_callback(), timedelta(seconds=storage.grace_period or 0)
+    assert queue is not None  # `open_database` sets it
+    with alone(storage.url):
+        optuna.storages.fail_stale_trials(study)
+        trials = study.get_trials(deepcopy=False)
+        retried = {number for trial in trials for number in RetryHeartbeatStaleTrialCallback.retry_history(trial)}
+        for trial in trials:
+            lost = trial.state == TrialState.FAIL and REASON not in trial.user_attrs and trial.number not in retried
+            # Not at once: on a database without this lock another process may be about to.
+            if lost and trial.datetime_complete and datetime.now() - trial.datetime_complete > grace:
+                queue(study, copy.deepcopy(trial))
 
 
 @contextmanager
@@ -88,7 +125,7 @@ def heartbeat(storage: RDBStorage, trial_id: int, every_s: float) -> Iterator[No
 
 def retry(study: optuna.Study, trial: FrozenTrial, max_retries: int | None = None) -> None:
     """Queue a trial that ended through no fault of its settings again, with the same values."""
-    RetryHeartbeatStaleTrialCallback(max_retry=max_retries)(study, trial)
+    RetryHeartbeatStaleTrialCallback(max_retry=max_retries)(study, copy.deepcopy(trial))  # it changes the trial
 
 
 def build_sampler(tune: TuneConfig, number: int) -> optuna.samplers.BaseSampler:

@@ -87,6 +87,13 @@ class StudyRuns:
         for key, value in facts.items():
             self.client.set_tag(self.parent_id, key, value)
 
+    def close_again(self, study: optuna.Study) -> None:
+        """End the study's run as it was ended before: who joins a study that is over opens it once more."""
+        info = self.client.get_run(self.parent_id).info
+        if info.status == "RUNNING" and not study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            self.client.set_terminated(self.parent_id, "FINISHED" if complete else "FAILED")
+
     def close(self, status: str, reason: str) -> None:
         """End the study's own run."""
         self.client.set_tag(self.parent_id, REASON_TAG, masked(reason))

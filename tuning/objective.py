@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import optuna
 import torch
+from mlflow import MlflowClient
 
 from dfu_mlflow.bundle import change_settings
 from dfu_mlflow.config import RunConfig
@@ -24,6 +26,9 @@ from tuning.outcome import Outcome
 from tuning.space import Values, with_values
 
 CURVE = "guidance_curve.html"
+SETUP = "setup_s"
+"""Of a trial's run: from its start to the base's figures, before the first step. Later trials find the photographs
+encoded, and the base measured by the process's first one."""
 
 
 class TrainingObjective:
@@ -97,6 +102,7 @@ class TrialSupervisor:
         self.run_id = run_id
         self.baselines = baselines
         self.metric = config.evaluation.best_metric
+        self.started = time.perf_counter()
         self.best: GuidancePoint | None = None
         self.curve: list[GuidancePoint] = []
 
@@ -108,6 +114,7 @@ class TrialSupervisor:
             UserError: for a metric that is not computed.
         """
         if epoch == 0:
+            MlflowClient().log_metric(self.run_id, SETUP, time.perf_counter() - self.started)
             return
         if score is None:
             raise UserError(

@@ -19,12 +19,38 @@ FIXED = (
     "device",
     "seed",
     "train.mixed_precision",
+    "data.root",
+    "data.manifest",
+    "data.bounding_boxes",
+    "data.group_by",
+    "data.classes",
     "data.resolution_px",
+    "data.box_margin_min",
+    "data.box_margin_max",
     "data.validation_fraction",
+    "data.min_side_px",
+    "data.max_bad_fraction",
+    "data.cache_dir",
     "sampling.batch_size",
 )
-FIXED_SECTIONS = ("tune.", "tracking.", "registry.", "evaluation.", "metrics.", "memorisation.", "utility.")
-"""What must be the same in every trial, so that figures can be compared."""
+FIXED_SECTIONS = (
+    "data.phantom.",
+    "tune.",
+    "tracking.",
+    "registry.",
+    "gates.",
+    "evaluation.",
+    "metrics.",
+    "memorisation.",
+    "utility.",
+)
+"""What must be the same in every trial and every run of a study, so that figures can be compared."""
+
+
+def is_fixed(name: str) -> bool:
+    """Must a setting be the same throughout a study?"""
+    return name in FIXED or name.startswith(FIXED_SECTIONS)
+
 
 Values = dict[str, Any]
 """Setting by dotted name -> value."""
@@ -83,7 +109,7 @@ def describe_space(space: Mapping[str, SearchRange]) -> str:
 
 
 def _misplaced(name: str, searched: SearchRange, space: Mapping[str, SearchRange], kind: str) -> list[str]:
-    if name in FIXED or name.startswith(FIXED_SECTIONS):
+    if is_fixed(name):
         return [f"--{name} must be the same in every trial: take it out"]
     if kind == "sampling" and not name.startswith("sampling."):
         return [f"--{name} needs a training: a sampling study takes sampling.* alone (or set --tune.kind training)"]

@@ -10,14 +10,13 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
-from filelock import FileLock
-from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning
+from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
@@ -25,8 +24,21 @@ from optuna.trial import FrozenTrial, TrialState
 from dfu_mlflow.config import RunConfig, flatten
 from dfu_mlflow.config.load import without_password
 from dfu_mlflow.errors import Interrupted, Pruned, UserError
+from dfu_mlflow.tracking import masked
 from dfu_mlflow.verdict import larger_is_better
-from tuning.claims import FINISHED, budgeted, build_pruner, build_sampler, claim, heartbeat, open_database, retry
+from tuning.claims import (
+    FINISHED,
+    REASON,
+    alone,
+    budgeted,
+    build_pruner,
+    build_sampler,
+    claim,
+    give_up_dead,
+    heartbeat,
+    open_database,
+    retry,
+)
 from tuning.nested_runs import RUN_ATTRIBUTE, StudyRuns, open_runs
 from tuning.outcome import Objective
 from tuning.space import check_space, describe_space, suggest
@@ -94,6 +106,21 @@ def join(config: RunConfig, names: tuple[str, ...]) -> Joined:
     return Joined(study, storage, created)
 
 
+def recorded_source(config: RunConfig) -> str | None:
+    """What a study of this name was made to draw with; None where there is no such study.
+
+    Raises:
+        UserError: for a database that cannot be opened.
+    """
+    quiet_optuna()
+    storage = _open(config)
+    try:
+        study_id = storage.get_study_id_from_name(study_name(config))
+    except KeyError:
+        return None
+    return dict(storage.get_study_user_attrs(study_id).get("made_for", {})).get("source")
+
+
 def made_for(config: RunConfig, names: tuple[str, ...]) -> dict[str, Any]:
     """What all processes of a study must agree on."""
     tune = config.tune
@@ -148,12 +175,12 @@ def _open(config: RunConfig) -> RDBStorage:
     url, tune = config.tune.storage, config.tune
 
     def on_stale(study: optuna.Study, trial: FrozenTrial) -> None:
-        retry(study, trial, tune.max_retries)
+        retry(study, trial, tune.max_retries if study.study_name == study_name(config) else None)
 
     problem = ""
     for attempt in range(3):
         try:
-            with _alone(url):
+            with alone(url):
                 return open_database(url, tune, on_stale)
         except Exception as error:  # each driver has its own; two processes that make the tables at once collide
             problem = " ".join(str(error).split())[:300]
@@ -162,12 +189,6 @@ def _open(config: RunConfig) -> RDBStorage:
         f"--tune.storage {without_password(url)} cannot be opened: {without_password(problem)}; give "
         "sqlite:///FILE.db, or postgresql://USER@HOST/NAME (password in PGPASSWORD) of a server that runs"
     )
-
-
-def _alone(url: str) -> AbstractContextManager[Any]:
-    """Two processes that make the tables of one SQLite file at once collide: one after the other."""
-    file = Path(url.removeprefix("sqlite:///"))
-    return FileLock(f"{file}.lock") if url.startswith("sqlite:///") and file.parent.is_dir() else nullcontext()
 
 
 class Worker:
@@ -186,7 +207,6 @@ class Worker:
         self.runs: StudyRuns = open_runs(joined.study, joined.created, config.tracking.experiment)
         self.name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
         self.failures: list[str] = []
-        self.ran = 0
 
     def work(self, check_stop: Callable[[], None]) -> None:
         """Run trials until the budget is spent and every trial of it, also of other processes, has ended.
@@ -199,21 +219,20 @@ class Worker:
             Interrupted: when asked to stop; the trial is queued again.
         """
         budget, told = self.config.tune.trials, False
-        with self.leaving():
-            while True:
-                check_stop()
-                optuna.storages.fail_stale_trials(self.study)
-                number = claim(self.study, self.storage, budget)
-                if number is not None:
-                    self.run(number)
-                    continue
-                open_trials = [t.number for t in budgeted(self.study, budget) if t.state not in FINISHED]
-                if not open_trials:
-                    return
-                if not told:
-                    print(f"waiting for trials of other processes: {', '.join(map(str, open_trials))}", flush=True)
-                    told = True
-                time.sleep(POLL_S)
+        while True:
+            check_stop()
+            give_up_dead(self.study, self.storage)
+            number = claim(self.study, self.storage, budget)
+            if number is not None:
+                self.run(number)
+                continue
+            open_trials = [t.number for t in budgeted(self.study, budget) if t.state not in FINISHED]
+            if not open_trials:
+                return
+            if not told:
+                print(f"waiting for trials of other processes: {', '.join(map(str, open_trials))}", flush=True)
+                told = True
+            time.sleep(POLL_S)
 
     @contextmanager
     def leaving(self) -> Iterator[None]:
@@ -231,7 +250,6 @@ class Worker:
         """One trial from its nested run to its end."""
         study_id = self.storage.get_study_id_from_name(self.study.study_name)
         trial_id = self.storage.get_trial_id_from_study_id_trial_number(study_id, number)
-        self.ran += 1
         self.study.sampler = build_sampler(self.config.tune, number)
         with heartbeat(self.storage, trial_id, self.config.tune.heartbeat_s):
             trial = optuna.Trial(self.study, trial_id)
@@ -249,6 +267,8 @@ class Worker:
                 if not isinstance(error, UserError):
                     logger.exception("trial %d", number)
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                with suppress(UpdateFinishedTrialError):  # given up by others, who queued it again
+                    trial.set_user_attr(REASON, masked(reason))
                 self.end(trial, run_id, TrialState.FAIL, reason)
                 self.count_failure(reason)
         self.tidy()
@@ -271,7 +291,8 @@ class Worker:
         self, trial: optuna.Trial, run_id: str, state: TrialState, reason: str, values: tuple[float, ...] | None = None
     ) -> None:
         """Tell the study and MLflow how a trial ended; one that others gave up meanwhile stays given up."""
-        told = self.study.tell(trial, values, state, skip_if_finished=True)
+        with alone(self.storage.url):
+            told = self.study.tell(trial, values, state, skip_if_finished=True)
         self.runs.close_trial(run_id, told.state, reason)
         shown = "" if values is None else f" {', '.join(f'{value:.4g}' for value in values)}"
         print(

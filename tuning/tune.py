@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import Tree, dump_yaml, merge, parse_flags, preset_names, read_tree, validate
@@ -15,24 +15,26 @@ from dfu_mlflow.interrupt import StopRequest
 from dfu_mlflow.preparation import read_source
 from dfu_mlflow.runtime import provenance
 from dfu_mlflow.training_run import TrainingResult
+from registry.aliases import version_at
+from registry.promote import PromoteOptions, promote
 from registry.publish import publish
 from registry.source import locate
 from tuning.charts import importances, pages
+from tuning.ending import end_once
 from tuning.objective import TrainingObjective
 from tuning.outcome import Objective
 from tuning.sampling_study import SamplingObjective
 from tuning.space import check_space
-from tuning.study import WORKER, Worker, join
+from tuning.study import WORKER, Worker, join, recorded_source, study_name
 from tuning.summary import best_trials, lines
+from tuning.winner import register_winner
 
-ENDED = "ended"
-"""Attribute of a study: when, by whom and at which number of trials it was ended."""
-ENDING_S = 600.0
-"""After this long another process may end a study whose ending was begun."""
+VERSION_TAG = "registered.version"
+"""Of the study's run: what it registered last."""
 
 
 def tune(config_name: str, flags: Sequence[str]) -> list[str]:
-    """Work on a study until its budget is spent; the process that ran its last trial ends it.
+    """Work on a study until its budget is spent; one of the processes ends it.
 
     Args:
         config_name: preset or file.
@@ -62,44 +64,57 @@ def sampling_configuration(config: RunConfig, tree: Tree, config_name: str, flag
     Raises:
         UserError: for a source that is not there.
     """
-    own = locate(config.tune.source).configuration
+    source = bound_source(config)
+    bound = {"tune": {"source": source}}
+    own = locate(source).configuration
     if own is None:
-        return config
+        return validate(RunConfig, merge(tree, bound))
     stated = merge({"tune": tree.get("tune", {})}, parse_flags(flags))
     if config_name not in preset_names():
         stated = merge(read_tree(config_name), stated)
-    return validate(RunConfig, merge(merge(own, {"resume": "none"}), stated))
+    return validate(RunConfig, merge(merge(own, {"resume": "none"}), merge(stated, bound)))
+
+
+def bound_source(config: RunConfig) -> str:
+    """What a sampling study draws with, by a name that never comes to mean another model.
+
+    An alias is looked up when the study is made; the same command goes on with the version it stood for then, also
+    after it moved (registering a study's winner moves it).
+
+    Raises:
+        UserError: for a source that is not there.
+    """
+    stated = config.tune.source
+    located = locate(stated)
+    exact = located.version or located.model_id
+    if exact is None:
+        return stated
+    recorded = recorded_source(config) if "@" in stated else None
+    name = stated.partition("@")[0]
+    if recorded is None or recorded == f"models:/{exact}" or not recorded.startswith(f"{name}/"):
+        return f"models:/{exact}"
+    print(
+        f"{stated} is models:/{exact} by now; study {study_name(config)} goes on with {recorded}, which it was made "
+        "for (give another --tune.study to search for the new one)",
+        flush=True,
+    )
+    return recorded
 
 
 def work(config: RunConfig, objective: Objective, check_stop: Callable[[], None]) -> list[str]:
-    """Take part in the study, and end it if that falls to this process."""
-    worker = Worker(config, join(config, objective.names), objective)
-    if worker.runs.is_fresh():
-        worker.runs.describe(dump_yaml(config), provenance())
-    worker.work(check_stop)
-    said = lines(worker.study, objective.names)
-    if not falls_to(worker):
-        return said
-    budget = config.tune.trials
-    worker.study.set_user_attr(ENDED, {"by": worker.name, "at": time.time(), "trials": budget, "done": False})
-    conclude(config, worker, objective.names, said)
-    worker.study.set_user_attr(ENDED, {"by": worker.name, "at": time.time(), "trials": budget, "done": True})
-    return said
-
-
-def falls_to(worker: Worker) -> bool:
-    """Does ending the study fall to this process?
-
-    To the one that ran the trial that ended last; or, where that one is gone, to whoever comes after it.
-    """
-    ended = worker.study.user_attrs.get(ENDED)
-    if ended is not None and ended["trials"] >= worker.config.tune.trials:
-        return not ended["done"] and time.time() - ended["at"] > ENDING_S
-    finished = worker.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-    if not finished:
-        return True
-    last = max(finished, key=lambda trial: (trial.datetime_complete, trial.number))
-    return last.user_attrs.get(WORKER) == worker.name or not worker.ran
+    """Take part in the study until its budget is spent and one of its processes has ended it."""
+    joined = join(config, objective.names)
+    worker = Worker(config, joined, objective)
+    with worker.leaving():
+        if worker.runs.is_fresh():
+            worker.runs.describe(dump_yaml(config), provenance())
+        worker.work(check_stop)
+        said = lines(worker.study, objective.names)
+        end = partial(conclude, config, worker, objective.names, said)
+        ended = end_once(worker.study, joined.storage, config.tune.trials, end, check_stop)
+        if not ended:
+            worker.runs.close_again(worker.study)
+    return [*said, *(gate(config, worker) if ended else ())]
 
 
 def conclude(config: RunConfig, worker: Worker, names: tuple[str, ...], said: list[str]) -> None:
@@ -116,13 +131,24 @@ def conclude(config: RunConfig, worker: Worker, names: tuple[str, ...], said: li
         runs.client.set_tag(runs.parent_id, "best.trial", str(trial.number))
         for number, name in enumerate(names):
             runs.client.log_metric(runs.parent_id, f"best/{name}", trial.values[number])
-    if best and config.tune.kind == "training":
-        register(config, best[0])
+    if best and config.registry.register_model:
+        training = config.tune.kind == "training"
+        version = register(config, best[0]) if training else register_winner(config, study, best[0], names)
+        if version is not None:
+            runs.client.set_tag(runs.parent_id, VERSION_TAG, version)
     runs.close("FINISHED" if best else "FAILED", "finished" if best else "no trial has a figure")
 
 
-def register(config: RunConfig, trial: FrozenTrial) -> None:
-    """Register the best trial's checkpoint, with the guidance it was judged at as its default."""
+def gate(config: RunConfig, worker: Worker) -> list[str]:
+    """Put the version that the study registered through the gate, when asked to."""
+    version = worker.runs.client.get_run(worker.runs.parent_id).data.tags.get(VERSION_TAG)
+    if not config.registry.promote or version is None:
+        return []
+    return list(promote(PromoteOptions(model=f"models:/{version}"), None, []).sentences)
+
+
+def register(config: RunConfig, trial: FrozenTrial) -> str | None:
+    """Register the best trial's checkpoint, with the guidance it was judged at as its default: `NAME/VERSION`."""
     facts = trial.user_attrs
     bundle = Path(facts["bundle"])
     if not bundle.is_dir():
@@ -130,7 +156,7 @@ def register(config: RunConfig, trial: FrozenTrial) -> None:
             f"not registered: trial {trial.number} was run elsewhere ({facts[WORKER]}), and its files in {bundle} "
             "cannot be seen from here; let the processes share output_dir"
         )
-        return
+        return None
     publish(
         TrainingResult(
             run_id=facts["mlflow_run_id"],
@@ -143,3 +169,4 @@ def register(config: RunConfig, trial: FrozenTrial) -> None:
         ),
         config,
     )
+    return f"{config.registry.name}/{version_at(config.registry.name, config.registry.alias)}"

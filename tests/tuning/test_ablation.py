@@ -58,7 +58,8 @@ def test_a_study_goes_on_where_it_was_stopped(files: tuple[str, str], monkeypatc
     with pytest.raises(KeyboardInterrupt):
         study(plan, config, [])
     stopped = MlflowClient().search_runs(["0", "1"], "attributes.status = 'KILLED'")
-    assert [run.data.tags["exit.reason"] for run in stopped] == ["stopped; the same command goes on"]
+    assert [run.data.tags["exit.reason"] for run in stopped] == ["stopped; the same command goes on"] * 2
+    assert not MlflowClient().search_runs(["0", "1"], "attributes.status = 'RUNNING'")
     monkeypatch.setattr(module, "run_training", real)
     said = study(plan, config, [])
     assert said[0].startswith("kid (smaller is better; 4 trainings)")
@@ -77,6 +78,43 @@ def test_a_study_goes_on_where_it_was_stopped(files: tuple[str, str], monkeypatc
     assert "guidance: 1 → 3" in page
 
 
+def test_no_run_stays_running_when_training_cannot_begin_or_the_study_cannot_end(
+    files: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vgg = {"loss.perceptual_loss.enabled": True, "loss.perceptual_loss.network": "vgg16"}
+    factors = {
+        "perceptual": {"off": {}, "vgg16": vgg | {"loss.perceptual_loss.weights": "no/such/file.pth"}},
+        "guidance": {"1": {"sampling.guidance_scale": "1.0"}, "3": {"sampling.guidance_scale": 3.0}},
+    }
+    Path("plan.yaml").write_text(yaml.safe_dump(PLAN | {"factors": factors, "seeds": [0]}), encoding="utf-8")
+
+    def full(*_: object) -> str:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "study_page", full)
+        with pytest.raises(OSError, match="disk full"):
+            study(*files, [])
+    client = MlflowClient()
+    reasons = {
+        run.info.run_name: (run.info.status, run.data.tags["exit.reason"]) for run in client.search_runs(["0", "1"])
+    }
+    assert reasons["study plan"] == ("FAILED", "OSError: disk full")
+    assert reasons["off-seed0"] == ("FINISHED", "finished")
+    assert reasons["vgg16-seed0"][0] == "FAILED"
+    assert "no/such/file.pth" in reasons["vgg16-seed0"][1]
+    said = study(*files, [])
+    assert "no figure: perceptual=vgg16, seed 0" in said[-1]
+    assert len(client.search_runs(["0", "1"], "attributes.status = 'FINISHED'")) == 2, "nothing was trained again"
+
+
+def test_two_processes_on_one_folder(files: tuple[str, str]) -> None:
+    with module.alone_in(Path("out")), pytest.raises(UserError, match="another process works on the study in"):
+        study(*files, [])
+    with module.alone_in(Path("out")):
+        pass
+
+
 def test_every_built_in_plan_can_be_configured() -> None:
     for path in PLANS.glob("*.yaml"):
         experiment = lay_out(read_plan(path.stem, {}), validate(RunConfig, {}))
@@ -90,10 +128,29 @@ def test_every_built_in_plan_can_be_configured() -> None:
         ({"factors": {"rate": {"a": {"train.learning_rate": -1}, "b": {"train.learning_rate": 2}}}}, "greater than 0"),
         ({"factors": {"rate": {"a": {"train.learning_rate": 1}}}}, "has 1 levels"),
         ({"factors": {"shown": {"a": {"weights": "best"}, "b": {"weights": "ema"}}}}, "live or ema"),
-        ({"factors": {"f": {"a": {"weights": "live"}, "b": {"weights": "ema", "seed": 1}}}}, "needs a training"),
+        ({"factors": {"f": {"a": {"weights": "live"}, "b": {"weights": "ema", "ema.decay": 0.5}}}}, "needs a training"),
         ({"fraction": "half"}, "half fraction of 1"),
         ({"repeats": 3}, "repeats"),
         ({"seeds": [0, 0]}, "named once"),
+        ({"factors": {"rate!": PLAN["factors"]["rate"]}}, "'rate!' cannot name a factor"),
+        ({"factors": {"f": {"../x": {"weights": "live"}, "b": {"weights": "ema"}}}}, "'../x' cannot name"),
+        ({"factors": {"f" * 61: PLAN["factors"]["rate"]}}, "60 characters at most"),
+        ({"factors": {"seed": PLAN["factors"]["rate"]}}, "no factor may be called seed"),
+        (
+            {
+                "factors": {
+                    "a": {"x": {"ema.decay": 0.5}, "x-y": {"ema.decay": 0.6}},
+                    "b": {"y-z": {"train.learning_rate": 0.1}, "z": {"train.learning_rate": 0.2}},
+                }
+            },
+            "both called x-y-z-seed0",
+        ),
+        ({"factors": {"f": {"a": {"sampling.batch_size": 1}, "b": {"sampling.batch_size": 2}}}}, "batch_size must be"),
+        ({"factors": {"f": {"a": {"sampling.gudance": 1}, "b": {"sampling.gudance": 2}}}}, "no setting of the sampler"),
+        ({"factors": {"f": {"a": {"data.root": "x"}, "b": {"data.root": "y"}}}}, "data.root must be the same"),
+        ({"factors": {"f": {"a": {"evaluation.samples": 4}, "b": {"evaluation.samples": 8}}}}, "samples must be"),
+        ({"factors": {"f": {"a": {"metrics.per_epoch": []}, "b": {}}}}, "per_epoch must be the same"),
+        ({"common": {"seed": 3}}, "common.seed is set by the study"),
     ],
 )
 def test_plans_that_cannot_be_worked_with(files: tuple[str, str], change: dict[str, object], said: str) -> None:

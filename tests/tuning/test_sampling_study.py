@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import mlflow
 import optuna
 import pytest
 from mlflow import MlflowClient
 from optuna.trial import TrialState
 
 from dfu_mlflow.config import RunConfig, load
+from dfu_mlflow.errors import UserError
 from dfu_mlflow.pipeline import run_training
+from dfu_mlflow.sampling import Sampler
 from registry.publish import publish
+from registry.source import locate
 from tuning.summary import best_trials
 from tuning.tune import tune
 
+SPACE = '{"sampling.guidance_scale": {"low": 1, "high": 8}, "sampling.num_inference_steps": {"low": 1, "high": 6}}'
 NAMES = ("kid", "coverage", "saturation_w1", "seconds_per_image")
 
 
@@ -24,8 +29,7 @@ def searched(workplace: Path, study_file: Callable[[Path], Path]) -> tuple[optun
     file = study_file(workplace)
     config = load(RunConfig, str(file), ["--train.epochs", "1"])
     run_training(config, publish=lambda result: publish(result, config))
-    space = '{"sampling.guidance_scale": {"low": 1, "high": 8}, "sampling.num_inference_steps": {"low": 1, "high": 6}}'
-    said = tune(str(file), ["--tune.kind", "sampling", "--tune.trials", "6", "--tune.sampling_space", space])
+    said = tune(str(file), ["--tune.kind", "sampling", "--tune.trials", "6", "--tune.sampling_space", SPACE])
     return optuna.load_study(study_name="dfu-sampling", storage=f"sqlite:///{workplace}/optuna.db"), said
 
 
@@ -60,3 +64,44 @@ def test_the_front_is_printed(searched: tuple[optuna.Study, list[str]]) -> None:
     parent = study.user_attrs["mlflow_run_id"]
     charts = {Path(file.path).name for file in MlflowClient().list_artifacts(parent, "charts")}
     assert {"pareto_front.html", "history_kid.html", "parallel_coordinate_coverage.html"} <= charts
+
+
+def test_the_winner_becomes_the_default_of_a_new_version_of_the_same_weights(
+    searched: tuple[optuna.Study, list[str]],
+) -> None:
+    study, client = searched[0], MlflowClient()
+    winner, source = best_trials(study)[0], client.get_model_version("dfu-sampler", "1")
+    version = client.get_model_version_by_alias("dfu-sampler", "challenger")
+    assert (version.version, version.run_id) == ("2", source.run_id)
+    assert version.tags["tuned_from"] == "dfu-sampler/1"
+    assert version.tags["optuna.study"] == "dfu-sampling"
+    assert version.tags["study.run_id"] == study.user_attrs["mlflow_run_id"]
+    assert float(version.tags["eval/kid"]) == winner.values[0]
+    parameters = mlflow.models.get_model_info("models:/dfu-sampler/2").signature.params
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    assert defaults["guidance_scale"] == winner.params["sampling.guidance_scale"]
+    assert defaults["num_inference_steps"] == winner.params["sampling.num_inference_steps"]
+    before, after = locate("models:/dfu-sampler/1"), locate("models:/dfu-sampler/2")
+    assert Sampler.load(after.folder, "cpu").settings.guidance_scale == defaults["guidance_scale"]
+    assert Sampler.load(before.folder, "cpu").settings.guidance_scale == 3.0
+    weights = [(found.folder / "weights.safetensors").read_bytes() for found in (before, after)]
+    assert weights[0] == weights[1]
+    assert after.data_digest == before.data_digest is not None
+    assert locate(str(source.run_id)).model_id == before.model_id, "a run is still evaluated as it was trained"
+
+
+def test_a_study_goes_on_with_the_version_its_alias_stood_for(
+    searched: tuple[optuna.Study, list[str]],
+    workplace: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    study = searched[0]
+    flags = ["--tune.kind", "sampling", "--tune.sampling_space", SPACE, "--registry.register_model", "false"]
+    for trials in ("7", "7"):
+        tune(str(workplace / "study.yaml"), [*flags, "--tune.trials", trials])
+        assert "@challenger is models:/dfu-sampler/2 by now" in capsys.readouterr().out
+        assert len(study.trials) == 7
+        assert MlflowClient().get_run(study.user_attrs["mlflow_run_id"]).info.status == "FINISHED"
+    assert study.user_attrs["made_for"]["source"] == "models:/dfu-sampler/1"
+    with pytest.raises(UserError, match="source was models:/dfu-sampler/1, is models:/dfu-sampler/2"):
+        tune(str(workplace / "study.yaml"), [*flags, "--tune.source", "models:/dfu-sampler/2"])

@@ -123,12 +123,15 @@ def test_it_says_what_cannot_be_told_apart(studied: Studied) -> None:
 def test_the_same_command_goes_on_where_the_budget_is_larger(studied: Studied) -> None:
     study, _, file = studied
     before: list[Any] = [trial.params for trial in study.trials]
-    tune(str(file), ["--tune.trials", "6"])
+    said = tune(str(file), ["--tune.trials", "6", "--registry.promote", "true"])
+    judged = MlflowClient().get_model_version_by_alias("dfu-sampler", "challenger")
+    assert judged.tags["gate.status"] in said[-1] or "is the champion" in said[-1], "the gate was asked"
     assert [trial.params for trial in study.trials[:5]] == before
     assert len(study.trials) == 6
     assert study.trials[5].params not in before
     tune(str(file), ["--tune.trials", "6"])
     assert len(study.trials) == 6
     assert len(nested(study)) == 6
+    assert MlflowClient().get_run(study.user_attrs["mlflow_run_id"]).info.status == "FINISHED"
     versions = MlflowClient().search_model_versions("name = 'dfu-sampler'")
     assert len(versions) == 2, "once for each time that the study ended"

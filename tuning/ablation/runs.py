@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,9 +19,13 @@ from dfu_mlflow.trainer import Score
 from dfu_mlflow.training_run import TrainingResult, TrainingRun
 from tuning.ablation.design import Cell, Factor, cells
 from tuning.ablation.effects import Observation
-from tuning.space import with_values
+from tuning.space import is_fixed, with_values
 
 SAMPLING = "sampling."
+SEED = "seed"
+NAME_CHARACTERS = 60
+NAME = re.compile(rf"\w[\w.\- :]{{0,{NAME_CHARACTERS - 1}}}")
+"""MLflow takes letters, digits, blanks and _-.:/ in the names of metrics and tags, 250 characters at most."""
 JOURNAL = "study.json"
 
 
@@ -61,16 +66,24 @@ class Experiment:
         values: dict[str, Any] = dict(self.plan.common)
         for name, level in cell.items():
             values |= self.plan.factors[name][level]
-        folder = self.config.output_dir / "-".join([*cell.values(), f"seed{seed}"]).replace("/", "_")
+        folder = self.config.output_dir / folder_name(cell, seed)
         return with_values(self.config, values | {"seed": seed, "resume": "latest", "output_dir": str(folder)})
+
+
+def folder_name(cell: Cell, seed: int) -> str:
+    """Of one training, below the study's folder."""
+    return "-".join([*cell.values(), f"seed{seed}"])
 
 
 def lay_out(plan: Plan, config: RunConfig) -> Experiment:
     """Name the factors' levels and try every combination on the configuration.
 
     Raises:
-        ConfigError: listing every combination that cannot be configured.
+        ConfigError: listing every name that cannot be used, setting that must not vary, and combination that cannot be
+            configured.
     """
+    if problems := [*_bad_names(plan), *_bad_settings(plan)]:
+        raise ConfigError(problems)
     factors = []
     for name, levels in plan.factors.items():
         low, high = levels
@@ -80,7 +93,11 @@ def lay_out(plan: Plan, config: RunConfig) -> Experiment:
             raise ConfigError([f"factor {name}: weights cannot change together with what needs a training"])
         factors.append(Factor(name, low, high, sampled))
     experiment = Experiment(plan, config, tuple(factors))
-    problems: list[str] = []
+    names = [folder_name(cell, 0) for cell in cells(experiment.trained)]
+    problems += [
+        f"two combinations of levels are both called {name}: name the levels otherwise"
+        for name in sorted({name for name in names if names.count(name) > 1})
+    ]
     for cell in cells(factors):
         values = {name: level for name, level in cell.items() if WEIGHTS not in plan.factors[name][level]}
         try:
@@ -90,6 +107,32 @@ def lay_out(plan: Plan, config: RunConfig) -> Experiment:
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     return experiment
+
+
+def _bad_names(plan: Plan) -> list[str]:
+    """Names become folders and names of MLflow's metrics and tags; an interaction's is made of two."""
+    names = [*plan.factors, *(level for levels in plan.factors.values() for level in levels)]
+    problems = [
+        f"plan: {name!r} cannot name a factor or a level: give a letter or digit, then letters, digits, blanks and "
+        f"_.-: , {NAME_CHARACTERS} characters at most"
+        for name in names
+        if not NAME.fullmatch(name)
+    ]
+    if SEED in plan.factors:
+        problems.append(f"plan: no factor may be called {SEED}: every combination is trained for each of the seeds")
+    return problems
+
+
+def _bad_settings(plan: Plan) -> list[str]:
+    """Runs that are measured otherwise cannot be compared; and what is sampled alone is what a sampler knows."""
+    settings = {key for levels in plan.factors.values() for level in levels.values() for key in level}
+    problems = [
+        f"plan: --{key} must be the same in every run: take it out of factors" for key in settings if is_fixed(key)
+    ]
+    known = {f"{SAMPLING}{name}" for name in Settings.__dataclass_fields__}
+    problems += [f"plan: --{key} is no setting of the sampler" for key in settings - known if key.startswith(SAMPLING)]
+    overwritten = sorted({SEED, "output_dir", "resume"} & plan.common.keys())
+    return sorted(problems) + [f"plan: common.{key} is set by the study itself: take it out" for key in overwritten]
 
 
 @dataclass
@@ -131,7 +174,9 @@ class CellSupervisor:
         for name, level in sampling.items():
             values |= self.experiment.plan.factors[name][level]
         shown = str(values.pop(WEIGHTS, "live"))
-        return shown, replace(settings, **{key.removeprefix(SAMPLING): value for key, value in values.items()})
+        checked = with_values(self.experiment.config, values).sampling  # 3 for "3", a pair for a list
+        wanted = {key.removeprefix(SAMPLING): getattr(checked, key.removeprefix(SAMPLING)) for key in values}
+        return shown, replace(settings, **{key: value for key, value in wanted.items() if value is not None})
 
 
 class Journal:

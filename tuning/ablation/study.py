@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from mlflow import MlflowClient
 from tqdm import tqdm
 
@@ -27,6 +29,7 @@ from tuning.ablation.page import study_page
 from tuning.ablation.runs import CellSupervisor, Experiment, Journal, lay_out
 
 OUTPUT_DIR = "outputs/study"
+LOCK = "study.lock"
 MAX_FAILURES = 3
 """Trainings in a row without a figure after which a study stops: something else is wrong."""
 
@@ -53,27 +56,65 @@ def study(plan_name: str, config_name: str, flags: Sequence[str]) -> list[str]:
     config = validate(RunConfig, merge(tree, {"registry": {"register_model": False}}))
     experiment = lay_out(plan, config)
     read_source(config)
-    journal = Journal(
-        config.output_dir, {"plan": plan.model_dump(mode="json"), "config": config.model_dump(mode="json")}
-    )
-    parent = open_parent(name, config, plan, journal)
-    client = MlflowClient()
+    facts = {"plan": plan.model_dump(mode="json"), "config": config.model_dump(mode="json")}
+    with alone_in(config.output_dir):
+        journal = Journal(config.output_dir, facts)
+        parent = open_parent(name, config, plan, journal)
+        with closing(parent):
+            work(experiment, journal, parent)
+            said, tables = conclusions(experiment, journal)
+            page = study_page(name, experiment, journal, said, tables)
+            publish_conclusions(parent, said, tables, page)
+        client = MlflowClient()
+        client.set_tag(parent, REASON_TAG, "finished")
+        client.set_terminated(parent, "FINISHED")
+    return said
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """One process at a time writes a study's journal; the system frees the lock of a process that dies.
+
+    Raises:
+        UserError: while another process works on the study.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
     try:
-        work(experiment, journal, parent)
-    except BaseException as error:  # Ctrl-C too: no run is left RUNNING
-        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
-        client.set_tag(parent, REASON_TAG, "stopped; the same command goes on" if stopped else type(error).__name__)
-        client.set_terminated(parent, "KILLED" if stopped else "FAILED")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"another process works on the study in {folder}: wait for it, or give another --output_dir"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def closing(run_id: str) -> Iterator[None]:
+    """No run stays RUNNING whatever ends the block; one that has ended keeps its status and its reason."""
+    try:
+        yield
+    except BaseException as error:
+        client = MlflowClient()
+        if client.get_run(run_id).info.status == "RUNNING":
+            by_hand = isinstance(error, Interrupted | KeyboardInterrupt)
+            reason = "stopped; the same command goes on" if by_hand else masked(f"{type(error).__name__}: {error}")
+            client.set_tag(run_id, REASON_TAG, reason)
+            client.set_terminated(run_id, "KILLED" if by_hand else "FAILED")
         raise
-    said, tables = conclusions(experiment, journal)
+
+
+def publish_conclusions(parent: str, said: Sequence[str], tables: Mapping[str, tuple[Effect, ...]], page: str) -> None:
+    """Words, page and effects to the study's run."""
+    client = MlflowClient()
     client.log_text(parent, "\n".join(said) + "\n", "summary.txt")
-    client.log_text(parent, study_page(name, experiment, journal, said, tables), "report.html")
+    client.log_text(parent, page, "report.html")
     for headline, found in tables.items():
         for effect in found:
             client.log_metric(parent, f"effect/{headline}/{effect.name}", effect.estimate.value)
-    client.set_tag(parent, REASON_TAG, "finished")
-    client.set_terminated(parent, "FINISHED")
-    return said
 
 
 def open_parent(name: str, config: RunConfig, plan: Plan, journal: Journal) -> str:
@@ -129,7 +170,8 @@ def train(
         run_id = entry["run_id"]
     supervisor = CellSupervisor(experiment, cell, str(run_id), baselines)
     try:
-        run_training(config, supervisor=supervisor)
+        with closing(str(run_id)):  # also where training ends before it has opened the run
+            run_training(config, supervisor=supervisor)
     except UserError as error:
         reason = masked(str(error))
         journal.end(cell, seed, failed=reason)
