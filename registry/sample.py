@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import numpy as np
 from mlflow.exceptions import MlflowException
 from pydantic import Field, model_validator
 from tqdm import tqdm
