@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import mlflow
@@ -17,7 +16,7 @@ from dfu_mlflow.base.load import load_base
 from dfu_mlflow.bundle import BundleSource, write_bundle
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import validate
-from dfu_mlflow.sampling import BUNDLE, Sampler, Settings
+from dfu_mlflow.sampling import Sampler, Settings
 from registry.package import ADAPTER_TAG, RegisteredSampler, register_sampler
 
 PROMPTS = {"I": "inflamed", "P": "granulating", "R": "healed"}
@@ -37,6 +36,8 @@ def lora_bundle(folder: Path, use_dora: bool) -> tuple[Path, RunConfig]:
     ), config
 
 
+# MLflow 3.17.2 loads the base with an argument that diffusers 0.42 calls old.
+@pytest.mark.filterwarnings("ignore:.torch_dtype. is deprecated:FutureWarning")
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_the_flavors_pipeline_is_the_samplers(use_dora: bool, run_id: str, tmp_path: Path) -> None:
     bundle, config = lora_bundle(tmp_path, use_dora)
@@ -53,16 +54,6 @@ def test_the_flavors_pipeline_is_the_samplers(use_dora: bool, run_id: str, tmp_p
         )
     assert (base - expected).abs().max() > 0.01, "the adapter changes nothing: nothing is compared"
     torch.testing.assert_close(found, expected)
-
-
-def test_a_moved_base_can_be_named_again(run_id: str, tmp_path: Path) -> None:
-    bundle, config = lora_bundle(tmp_path, False)
-    facts = json.loads((bundle / BUNDLE).read_text(encoding="utf-8"))
-    version = register_sampler(bundle, config, run_id, {}, {})
-    tags = MlflowClient().get_model_version(version.name, str(version.version)).tags
-    assert facts["base"]["bundled"]
-    pipe = mlflow.diffusers.load_model(tags[ADAPTER_TAG]).load_pipeline(base_model=str(bundle / "base"), device="cpu")
-    assert pipe.get_active_adapters()
 
 
 def test_a_fully_trained_model_has_none(registered: RegisteredSampler) -> None:
