@@ -8,17 +8,16 @@ both from the features on (means and covariances included); then every embedded 
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from importlib import metadata
 
 import numpy as np
 import torch
 from cleanfid.fid import frechet_distance as cleanfid_distance
 
+from benchmarks.machine import machine
 from dfu_mlflow.data.phantom import render
 from dfu_mlflow.metrics.catalogue import metrics_of
 from dfu_mlflow.metrics.extractors.base import NetworkExtractor
@@ -124,8 +123,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="*", default=sorted(TARGETS))
     sizes = parser.parse_args(arguments).sizes
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "numpy", "scipy", "clean-fid"))
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, {versions}")
+    print(machine("torch", "numpy", "scipy", "clean-fid"))
     good = [compare_frechet(size) for size in sizes]
     return 0 if all([*good, time_evaluation()]) else 1
 

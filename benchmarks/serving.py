@@ -11,7 +11,6 @@ import argparse
 import http.client
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -26,9 +25,9 @@ from pathlib import Path
 
 import mlflow
 import psutil
-import torch
 from safetensors.torch import save_file
 
+from benchmarks.machine import machine
 from dfu_mlflow.base.load import load_base
 from dfu_mlflow.bundle import BundleSource, write_bundle
 from dfu_mlflow.config import RunConfig
@@ -171,7 +170,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--pairs", type=int, default=20, help="of the first part")
     parser.add_argument("--pictures", type=int, default=64, help="asked for by 8 clients, three times")
     chosen = parser.parse_args(arguments)
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {chosen.steps} steps")
+    print(f"{machine('torch', 'diffusers', 'fastapi')}; {chosen.steps} steps")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
         os.chdir(folder)

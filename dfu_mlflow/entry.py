@@ -11,6 +11,7 @@ from dfu_mlflow.errors import Interrupted, UserError
 USER_ERROR_CODE = 2
 INTERRUPTED_CODE = 130
 """What shells report for a program ended by Ctrl-C (128 + SIGINT)."""
+MAX_CHARACTERS = 4000
 
 
 def split(arguments: Sequence[str], options: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
@@ -57,8 +58,14 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
     try:
         return main(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {_line(error)}", file=sys.stderr)
         return USER_ERROR_CODE
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"interrupted: {' '.join(str(error).split()) or 'stopped by the user'}", file=sys.stderr)
+        print(f"interrupted: {_line(error) or 'stopped by the user'}", file=sys.stderr)
         return INTERRUPTED_CODE
+
+
+def _line(error: BaseException) -> str:
+    """The message on one line; of an endless one (somebody typed a file's content) beginning and end."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS // 2]} … {text[-MAX_CHARACTERS // 2 :]}"

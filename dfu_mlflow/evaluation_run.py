@@ -13,7 +13,7 @@ from dfu_mlflow.config.load import dump_yaml
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.data import dataset_digest
 from dfu_mlflow.errors import UserError
-from dfu_mlflow.evaluator import flatten
+from dfu_mlflow.evaluator import flatten, folded
 from dfu_mlflow.interrupt import StopRequest
 from dfu_mlflow.memorisation import MemorisationProbe, membership
 from dfu_mlflow.metrics.comparison import Comparison
@@ -165,7 +165,7 @@ class Evaluation:
         self.tracker.epoch(step, sighting.figures)
         if self.may_show(sighting):
             for label, grid in sighting.grids.items():
-                self.tracker.image(f"samples/{label}", step, grid)
+                self.tracker.image(f"samples/{label}", step, folded(grid))
         return sighting
 
     def may_show(self, sighting: Sighting) -> bool:

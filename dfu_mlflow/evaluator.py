@@ -169,6 +169,18 @@ def sample_grids(drawn: Drawn, classes: Sequence[str], count: int) -> dict[str, 
     }
 
 
+def folded(strip: np.ndarray) -> np.ndarray:
+    """A row of square pictures uint8 [H, K * H, 3] as a block of rows, as square as K divides without a gap.
+
+    MLflow shows no logged image wider than 256 px: a row of eight would be 32 px high.
+    """
+    edge, count = strip.shape[0], strip.shape[1] // strip.shape[0]
+    columns = next(number for number in range(1, count + 1) if number**2 >= count and count % number == 0)
+    pictures = strip.reshape(edge, count, edge, 3).transpose(1, 0, 2, 3)
+    rows: np.ndarray = pictures.reshape(count // columns, columns, edge, edge, 3).transpose(0, 2, 1, 3, 4)
+    return rows.reshape(count // columns * edge, columns * edge, 3)
+
+
 FIXED_NAMES = {"ssim_nearest_real": "ssim", "lpips_nearest_real": "lpips"}
 """Names that runs are compared by, beside those that say what the figure is: both are unpaired, best of N."""
 

@@ -24,7 +24,7 @@ from dfu_mlflow.data import dataset_digest, evaluation_pixels
 from dfu_mlflow.diagnosis.diagnose import Diagnosis
 from dfu_mlflow.diagnosis.report import diagnosis_section, finding_tags
 from dfu_mlflow.diagnosis.watch import Watch
-from dfu_mlflow.evaluator import Baseline, Evaluator, Measurement
+from dfu_mlflow.evaluator import Baseline, Evaluator, Measurement, folded
 from dfu_mlflow.history import History
 from dfu_mlflow.interrupt import StopRequest
 from dfu_mlflow.panels import Panels
@@ -167,7 +167,7 @@ class TrainingRun:
         for label in self.material.source.split.classes:
             records = [record for record in self.material.source.split.held_out if record.label == label][:count]
             pixels = evaluation_pixels(records, self.config.data).numpy()
-            self.tracker.image(f"photographs/{label}", 0, np.concatenate(list(pixels), axis=1))
+            self.tracker.image(f"photographs/{label}", 0, folded(np.concatenate(list(pixels), axis=1)))
 
     def on_step(self, step: int, figures: dict[str, float]) -> None:
         """A step is done: show it, and log every few."""
@@ -235,7 +235,7 @@ class TrainingRun:
         for shown, measurement in measured.items():
             self.album.keep(shown, epoch, measurement.grids)
             for label, grid in measurement.grids.items():
-                self.tracker.image(f"samples{'' if shown == 'live' else '_ema'}/{label}", epoch, grid)
+                self.tracker.image(f"samples{'' if shown == 'live' else '_ema'}/{label}", epoch, folded(grid))
             suffix = "" if shown == "live" else "_ema"
             own = {
                 key: value for key, value in figures.items() if key.split("/")[0] in (f"eval{suffix}", f"val{suffix}")

@@ -18,12 +18,15 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.sampling import BUNDLE
+from registry.adapter import log_adapter
 from registry.card import DESCRIPTION_CHARACTERS, CardFacts, model_card
 from registry.source import SAMPLER, data_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = "README.md"
 """The model card's file in the bundle; the version's description holds it too."""
+ADAPTER_TAG = "adapter_model"
+"""Tag of a version: where its LoRA is in MLflow's own flavor."""
 CODE = ("dfu_mlflow", "registry")
 CODE_SUFFIXES = (".py", ".yaml")
 """The rest of the packages is weights and data: what the sampler needs of them is in its bundle."""
@@ -96,6 +99,8 @@ def register_sampler(
             model_config={"model": f"run {run_id}"},
         )
     figures = {key: repr(float(value)) for key, value in metrics.items()}
+    if adapter := log_adapter(bundle, run_id, pinned(REQUIREMENTS)):
+        tags = {**tags, ADAPTER_TAG: adapter}
     version = mlflow.register_model(info.model_uri, config.registry.name, tags={**figures, **tags})
     client = MlflowClient()
     client.update_model_version(config.registry.name, version.version, card[:DESCRIPTION_CHARACTERS])

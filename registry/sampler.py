@@ -7,7 +7,6 @@ checkout: what it imports travels with the model.
 from __future__ import annotations
 
 import base64
-import io
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +17,10 @@ import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
-from PIL import Image
 
 from dfu_mlflow.errors import UserError
-from dfu_mlflow.sampling import Sampler
+from dfu_mlflow.sampling import Sampler, Settings
+from registry.picture import picture_facts, png
 
 MAX_ROWS = 64
 """Rows a request may have unless `model_config` says otherwise: a request holds the model until it is answered."""
@@ -39,6 +38,9 @@ class Draws(Protocol):
         self, labels: list[str], seeds: list[int], guidance_scale: float | None, num_inference_steps: int | None
     ) -> np.ndarray:
         """uint8 [N, H, W, 3], one image for each (label, seed)."""
+
+    def settings_with(self, guidance_scale: float | None, num_inference_steps: int | None) -> Settings:
+        """The settings that `draw` uses when told these."""
 
 
 class SamplerModel(PythonModel):
@@ -91,9 +93,10 @@ class SamplerModel(PythonModel):
                 images = self.sampler.draw(labels, seeds, guidance_scale, steps)
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
-        return pd.DataFrame(
-            {"image": [_png(image) for image in images], "phase": labels, "seed": seeds, "model": self.name}
-        )
+        settings = self.sampler.settings_with(guidance_scale, steps)
+        facts = [picture_facts(label, seed, settings, self.name) for label, seed in zip(labels, seeds, strict=True)]
+        files = [base64.b64encode(png(*pair)).decode("ascii") for pair in zip(images, facts, strict=True)]
+        return pd.DataFrame({"image": files, "phase": labels, "seed": seeds, "model": self.name})
 
     def _check(self, labels: list[str], guidance_scale: float | None, steps: int | None) -> None:
         problems = []
@@ -115,12 +118,6 @@ class SamplerModel(PythonModel):
 def _seeds(rows: pd.DataFrame, first: int) -> list[int]:
     given = rows["seed"] if "seed" in rows else [None] * len(rows)
     return [first + position if pd.isna(seed) else int(seed) for position, seed in enumerate(given)]
-
-
-def _png(image: np.ndarray) -> str:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, format="PNG")
-    return base64.b64encode(file.getvalue()).decode("ascii")
 
 
 mlflow.models.set_model(SamplerModel())

@@ -30,7 +30,19 @@ def attach(unet: nn.Module, config: AdapterConfig, seed: int) -> Weights:
     if config.method == "full":
         unet.requires_grad_(True)
         return dict(unet.named_parameters())
-    lora = LoraConfig(
+    with torch.random.fork_rng(devices=[]):  # peft draws the A matrices from the global generator
+        torch.manual_seed(derive_seed(seed, "adapter"))
+        try:
+            unet.add_adapter(lora_config(config), adapter_name=ADAPTER)  # type: ignore[operator]
+        except ValueError as error:
+            names = str(error).splitlines()[0]
+            raise UserError(f"--adapter.targets {list(config.targets)} fits no module of the UNet: {names}") from None
+    return {name: weight for name, weight in unet.named_parameters() if weight.requires_grad}
+
+
+def lora_config(config: AdapterConfig) -> LoraConfig:
+    """The adapter in peft's words."""
+    return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha if config.alpha is not None else config.rank,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
@@ -38,14 +50,6 @@ def attach(unet: nn.Module, config: AdapterConfig, seed: int) -> Weights:
         use_dora=config.use_dora,
         init_lora_weights=True,
     )
-    with torch.random.fork_rng(devices=[]):  # peft draws the A matrices from the global generator
-        torch.manual_seed(derive_seed(seed, "adapter"))
-        try:
-            unet.add_adapter(lora, adapter_name=ADAPTER)  # type: ignore[operator]
-        except ValueError as error:
-            names = str(error).splitlines()[0]
-            raise UserError(f"--adapter.targets {list(config.targets)} fits no module of the UNet: {names}") from None
-    return {name: weight for name, weight in unet.named_parameters() if weight.requires_grad}
 
 
 def trainable_fraction(unet: nn.Module, weights: Weights) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -17,12 +16,12 @@ import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
-from PIL import Image
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from dfu_mlflow.config.serving import ServeSection
+from registry.picture import picture_facts, png
 from registry.serving.batching import Batcher, Closed, DrawingFailed, QueueFull, Ticket
 from registry.serving.documentation import documentation
 from registry.serving.guards import BodyGuard, TokenGuard
@@ -207,7 +206,7 @@ async def images(wanted: ImageRequest, request: Request, service: _Service) -> A
         raise HTTPException(422, "image/png holds one picture: ask for one, or take application/json")
     ((ticket, image),) = await service.draw(wanted, request)
     headers = {"X-DFU-Seed": str(ticket.seed), "X-DFU-Model": quote(ticket.served.name)}
-    return Response(await asyncio.to_thread(_png, image), media_type="image/png", headers=headers)
+    return Response(await asyncio.to_thread(_png, ticket, image), media_type="image/png", headers=headers)
 
 
 @_drawing.post("/invocations")
@@ -233,15 +232,12 @@ async def _disconnected(request: Request) -> None:
 
 
 def _row(ticket: Ticket, image: np.ndarray) -> Picture:
-    encoded = base64.b64encode(_png(image)).decode("ascii")
-    phase = ticket.served.sampler.classes[ticket.class_id]
-    return Picture(image=encoded, phase=phase, seed=ticket.seed, model=ticket.served.name)
+    encoded = base64.b64encode(_png(ticket, image)).decode("ascii")
+    return Picture(image=encoded, phase=ticket.phase, seed=ticket.seed, model=ticket.served.name)
 
 
-def _png(image: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, format="PNG")
-    return file.getvalue()
+def _png(ticket: Ticket, image: np.ndarray) -> bytes:
+    return png(image, picture_facts(ticket.phase, ticket.seed, ticket.settings, ticket.served.name))
 
 
 def _invalid(_: Request, error: Any) -> JSONResponse:

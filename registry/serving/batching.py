@@ -59,6 +59,11 @@ class Ticket:
     settings: Settings
     picture: Future[np.ndarray] = field(default_factory=Future)
 
+    @property
+    def phase(self) -> str:
+        """The class label."""
+        return self.served.sampler.classes[self.class_id]
+
     def fits(self, other: Ticket) -> bool:
         """Whether both can be drawn in one batch."""
         return self.served is other.served and self.settings == other.settings

@@ -6,6 +6,8 @@ import ast
 import importlib
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -90,13 +92,43 @@ def test_installed_versions_are_the_pinned_ones() -> None:
     assert {line: version for line, version in wrong.items() if not line.endswith(f"=={version}")} == {}
 
 
-def test_ci_runs_the_readmes_test_command_and_nothing_else() -> None:
-    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
-    commands = [line for line in lines if line and not line.startswith(("#", "set ", "cd "))]
-    assert commands == ['pip install "mlflow==3.17.2" uv && mlflow run . -e test --env-manager uv']
+def ci_on_a_machine_with(folder: Path, programs: dict[str, str]) -> tuple[int, list[str]]:
+    """Exit code of .ci/run, and what it called, where nothing else than these shell programs is installed."""
+    places, called = folder / "bin", folder / "called"
+    places.mkdir()
+    for name in ("bash", "dirname", "env", "timeout"):
+        (places / name).symlink_to(str(shutil.which(name)))
+    for name, ending in programs.items():
+        (places / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {called}\n{ending}\n', encoding="utf-8")
+        (places / name).chmod(0o755)
+    done = subprocess.run([ROOT / ".ci" / "run"], env={"PATH": str(places)}, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("", "")
+    return done.returncode, called.read_text(encoding="utf-8").splitlines()
+
+
+TESTED = ["pip install mlflow==3.17.2 uv", "mlflow run . -e test --env-manager uv"]
+
+
+def test_ci_runs_the_readmes_test_command_and_nothing_else(tmp_path: Path) -> None:
+    command = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1]
+    assert command == 'pip install "mlflow==3.17.2" uv && mlflow run . -e test --env-manager uv'
     assert "mlflow==3.17.2" in environment()[1]
-    assert commands[0] in (ROOT / "README.md").read_text(encoding="utf-8")
-    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+    assert command in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert ci_on_a_machine_with(tmp_path, {"pip": "", "mlflow": "exit 3"}) == (3, TESTED)
+
+
+@pytest.mark.parametrize("ending", ["exit 0", "exit 100"])
+def test_ci_gets_chromium_where_it_can_and_goes_on_where_it_cannot(ending: str, tmp_path: Path) -> None:
+    programs = {"pip": "", "mlflow": "", "apt-get": ending, "sudo": 'shift; exec "$@"'}
+    code, called = ci_on_a_machine_with(tmp_path, programs)
+    wanted = ["apt-get -qq update", "apt-get -qq install -y --no-install-recommends chromium"]
+    assert [line for line in called if line.startswith("apt-get")] == wanted[: 2 if ending == "exit 0" else 1]
+    assert (code, called[-2:]) == (0, TESTED)
+
+
+def test_ci_leaves_a_machine_with_chromium_as_it_is(tmp_path: Path) -> None:
+    programs = dict.fromkeys(("pip", "mlflow", "apt-get", "sudo", "chromium"), "")
+    assert ci_on_a_machine_with(tmp_path, programs) == (0, TESTED)
 
 
 @pytest.mark.parametrize("entry", ENTRY_POINTS)

@@ -14,6 +14,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from dfu_mlflow.errors import UserError
+from dfu_mlflow.sampling import Settings
 from registry.sampler import SamplerModel
 
 CLASSES = ("I", "P", "R")
@@ -27,6 +28,9 @@ class ColourSampler:
 
     def __init__(self) -> None:
         self.busy = False
+
+    def settings_with(self, guidance_scale: float | None, num_inference_steps: int | None) -> Settings:
+        return Settings(guidance_scale or 3.0, num_inference_steps or 15, 4, (4, 4))
 
     def draw(
         self, labels: list[str], seeds: list[int], guidance_scale: float | None, num_inference_steps: int | None
