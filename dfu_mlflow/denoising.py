@@ -40,8 +40,10 @@ class Guidance:
     def __call__(self, predicted: torch.Tensor) -> torch.Tensor:
         """Predictions [2B, C, h, w], unconditional rows first -> [B, C, h, w]."""
         base, prompted = predicted.chunk(2)
-        guided = base + self.scale[:, None, None, None].to(base.dtype) * (prompted - base)
-        return rescale_noise_cfg(guided, prompted, guidance_rescale=self.rescale) if self.rescale > 0 else guided
+        guided: torch.Tensor = base + self.scale[:, None, None, None].to(base.dtype) * (prompted - base)
+        if self.rescale > 0:
+            guided = rescale_noise_cfg(guided, prompted, guidance_rescale=self.rescale)
+        return guided
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def denoise(
     told = prompts if guidance is None else _stack(guidance.unconditional, prompts)
     embeddings = told.embeddings.to(dtype)
     added = {"text_embeds": told.pooled.to(dtype), "time_ids": told.time_ids.to(dtype)}
-    latents = noise * scheduler.init_noise_sigma
+    latents: torch.Tensor = noise * scheduler.init_noise_sigma
     with _fixed_prompts(unet):
         for timestep in scheduler.timesteps:
             rows = latents if guidance is None else torch.cat([latents] * 2)
@@ -168,4 +170,5 @@ class _PromptAttention:
 
 def _heads(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """[B, N, C] -> [B, heads, N, C / heads]."""
-    return rows.unflatten(-1, (heads, -1)).transpose(1, 2)
+    divided: torch.Tensor = rows.unflatten(-1, (heads, -1))
+    return divided.transpose(1, 2)

@@ -164,11 +164,10 @@ class Batcher:
             return
         expected = min(self._asking, self._waiting[0].served.sampler.batch_size)
         end_s = time.perf_counter() + max(self.window_s, WAITED_SHARE * self._batch_s)
-        count = 0
-        while not self._closed and count < len(self._waiting) < expected:
-            count = len(self._waiting)
+        while len(self._waiting) < expected and not self._closed:
             patience_s = min(self.window_s, end_s - time.perf_counter())
-            self._changed.wait_for(lambda before=count: len(self._waiting) > before or self._closed, patience_s)
+            if patience_s <= 0 or not self._changed.wait(patience_s):
+                return
 
     def _first_batch(self) -> list[Ticket]:
         if not self._waiting:
