@@ -6,6 +6,7 @@ the image's own seed.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,11 +28,12 @@ from dfu_mlflow.base.adapters import attach
 from dfu_mlflow.base.load import load_base, part_digest
 from dfu_mlflow.conditioning import Conditioner, encode_prompts
 from dfu_mlflow.config.schema import AdapterConfig
+from dfu_mlflow.denoising import Guidance, Solver, decode, denoise
 from dfu_mlflow.documents import read_document
 from dfu_mlflow.ema import copy_into
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.runtime import generator, pick_device
-from dfu_mlflow.types import Pipeline
+from dfu_mlflow.types import Conditioning, Pipeline
 
 BUNDLE = "sampler.json"
 
@@ -59,6 +61,15 @@ class Settings:
     guidance_rescale: float = 0.0
     prediction_type: str | None = None
 
+    @property
+    def guided(self) -> bool:
+        """Whether the unconditional prediction is needed."""
+        return self.guidance_scale > 1
+
+    def fits(self, other: Settings) -> bool:
+        """Whether pictures of both can be drawn in one batch: guidance may differ from picture to picture."""
+        return self.guided == other.guided and replace(self, guidance_scale=other.guidance_scale) == other
+
 
 def read_settings(file: Path) -> Settings:
     """The defaults in a bundle's `sampler.json`."""
@@ -82,41 +93,38 @@ def build_scheduler(config: dict[str, Any], name: str, prediction_type: str | No
 
 
 def _draw_batch(
-    pipe: Pipeline,
-    told: dict[str, Any],
+    sampler: Sampler,
+    class_ids: torch.Tensor,
     seeds: Sequence[int],
     settings: Settings,
-    between_steps: Callable[[], None] | None = None,
+    scales: torch.Tensor,
+    after_step: Callable[[], None] | None = None,
 ) -> np.ndarray:
-    def after_step(*_: Any) -> dict[str, Any]:
-        if between_steps is not None:
-            between_steps()
-        return {}
-
+    pipe = sampler.pipe
     edge = settings.resolution_px // pipe.vae_scale_factor
     shape = (int(pipe.unet.config.in_channels), edge, edge)
     sources = [generator(seed, "image") for seed in seeds]
     noise = torch.stack([torch.randn(shape, generator=source) for source in sources])
-    kept = pipe.scheduler
-    pipe.scheduler = build_scheduler(dict(kept.config), settings.scheduler, settings.prediction_type)
-    try:
-        output = pipe(
-            **told,
-            latents=noise.to(pipe.unet.device, pipe.unet.dtype),
-            generator=sources,
-            height=settings.resolution_px,
-            width=settings.resolution_px,
-            original_size=settings.original_size_px,
-            guidance_scale=settings.guidance_scale,
-            guidance_rescale=settings.guidance_rescale,
-            num_inference_steps=settings.num_inference_steps,
-            output_type="pt",
-            callback_on_step_end=after_step,
-        ).images
-    finally:
-        pipe.scheduler = kept
-    pixels: np.ndarray = (output.float() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    noise = noise.to(pipe.unet.device, pipe.unet.dtype)
+    size = (settings.resolution_px, settings.resolution_px)
+    time_ids = torch.tensor([[*settings.original_size_px, 0, 0, *size]], dtype=torch.float32, device=noise.device)
+    time_ids = time_ids.expand(len(seeds), -1)
+    told = sampler.conditioner.sampling(class_ids)
+    prompts = Conditioning(told["prompt_embeds"], told["pooled_prompt_embeds"], time_ids)
+    guidance = None
+    if settings.guided:
+        empty = Conditioning(told["negative_prompt_embeds"], told["negative_pooled_prompt_embeds"], time_ids)
+        guidance = Guidance(empty, scales.to(noise.device), settings.guidance_rescale)
+    scheduler = build_scheduler(dict(pipe.scheduler.config), settings.scheduler, settings.prediction_type)
+    solver = Solver(scheduler, _step_keywords(scheduler, sources), after_step)
+    latents = denoise(pipe.unet, solver, settings.num_inference_steps, noise, prompts, guidance)
+    pixels: np.ndarray = decode(pipe.vae, latents).numpy()
     return pixels
+
+
+def _step_keywords(scheduler: Any, sources: list[torch.Generator]) -> dict[str, Any]:
+    """Solvers that add noise take it from each picture's own generator."""
+    return {"generator": sources} if "generator" in inspect.signature(scheduler.step).parameters else {}
 
 
 def put_weights(pipe: Pipeline, adapter: AdapterConfig, file: Path) -> None:
@@ -204,7 +212,7 @@ class Sampler:
         wanted: dict[str, Any] = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
         return replace(self.settings, **{name: value for name, value in wanted.items() if value is not None})
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(
         self,
         class_ids: torch.Tensor,
@@ -212,6 +220,7 @@ class Sampler:
         settings: Settings | None = None,
         between_batches: Callable[[], None] | None = None,
         between_steps: Callable[[], None] | None = None,
+        guidance_scales: Sequence[float] | None = None,
     ) -> np.ndarray:
         """Draw one image for each (class id, seed).
 
@@ -220,17 +229,19 @@ class Sampler:
             settings: None takes the defaults.
             between_batches: called before each batch; raises to stop.
             between_steps: called after each solver step; raises to stop.
+            guidance_scales: one a picture, on the same side of 1 as the settings' own; None takes that.
 
         Returns:
             uint8 [N, H, W, 3].
         """
+        settings = settings or self.settings
+        scales = torch.tensor(guidance_scales or [settings.guidance_scale] * len(seeds), dtype=torch.float32)
         images = []
         for start in range(0, len(seeds), self.batch_size):
             if between_batches is not None:
                 between_batches()
             rows = slice(start, start + self.batch_size)
-            told = self.conditioner.sampling(class_ids[rows])
-            images.append(_draw_batch(self.pipe, told, seeds[rows], settings or self.settings, between_steps))
+            images.append(_draw_batch(self, class_ids[rows], seeds[rows], settings, scales[rows], between_steps))
         return np.concatenate(images)
 
     @classmethod

@@ -177,7 +177,8 @@ class SamplingConfig(Section):
     """`base` is the base's own."""
     guidance_rescale: Fraction = 0.0
     """Lin et al. 2024, section 3.4."""
-    batch_size: Positive = 64
+    batch_size: Positive = 16
+    """Pictures drawn at a time. The embedded base on a CPU is fastest with 16: 4 to 9 % below 8 and 32 a picture."""
     original_size_px: tuple[Positive, Positive] | None = None
     """(height, width) told to the model; None is the training set's median."""
 

@@ -36,7 +36,8 @@ class ServeSection(Section):
     batch_size: Positive = 8
     """Pictures drawn at a time, at most the model's own. A picture asked for alone is drawn alone."""
     batch_window_ms: NotNegative = 20.0
-    """Longest wait for as many pictures as the last batch left asking; a lone client does not wait."""
+    """Longest wait for another picture, until as many are there as the last batch left asking, and at most a tenth of
+    that batch's time; a lone client does not wait."""
     timeout_s: Seconds = 120.0
     """A request not answered by then is stopped and gets 504."""
     body_timeout_s: Seconds = 10.0

@@ -22,6 +22,9 @@ from registry.serving.versions import Served
 
 log = logging.getLogger(__name__)
 
+WAITED_SHARE = 0.1
+"""Of a batch's time, spent at most on waiting for clients that are expected."""
+
 
 class QueueFull(Exception):
     """No room for a request; `retry_after_s` says when there should be."""
@@ -66,7 +69,7 @@ class Ticket:
 
     def fits(self, other: Ticket) -> bool:
         """Whether both can be drawn in one batch."""
-        return self.served is other.served and self.settings == other.settings
+        return self.served is other.served and self.settings.fits(other.settings)
 
 
 class Batcher:
@@ -74,7 +77,7 @@ class Batcher:
 
     Args:
         queue_length: pictures that may wait.
-        window_s: longest wait for the rest of a batch.
+        window_s: longest wait for another picture of a batch.
         meters: told of batches and failures.
     """
 
@@ -86,7 +89,7 @@ class Batcher:
         self._changed = threading.Condition()
         self._closed = False
         self._asking = 1
-        self._picture_s = 0.0
+        self._batch_s, self._picture_s = 0.0, 0.0
         self._thread = threading.Thread(target=self._work, name="draw", daemon=True)
 
     @property
@@ -133,7 +136,8 @@ class Batcher:
         while batch := self._take():
             start_s = time.perf_counter()
             self._draw(batch)
-            self._picture_s = (time.perf_counter() - start_s) / len(batch)
+            self._batch_s = time.perf_counter() - start_s
+            self._picture_s = self._batch_s / len(batch)
             with self._changed:
                 self._forget_abandoned()
                 self._asking = len(batch) + len(self._waiting)
@@ -156,11 +160,19 @@ class Batcher:
             return batch
 
     def _wait_for_the_rest(self) -> None:
-        """Clients that were just answered ask again within milliseconds: wait for as many as asked last time."""
+        """Clients that were just answered ask again within milliseconds: wait for as many as asked last time.
+
+        The wait ends where nobody came within the window, or a tenth of the last batch's time is lost: answering 8
+        clients takes longer than one window, and each that misses the batch waits for the next one.
+        """
         if not self._waiting:
             return
         expected = min(self._asking, self._waiting[0].served.sampler.batch_size)
-        self._changed.wait_for(lambda: len(self._waiting) >= expected or self._closed, self.window_s)
+        end_s = time.perf_counter() + max(self.window_s, WAITED_SHARE * self._batch_s)
+        while len(self._waiting) < expected and not self._closed:
+            patience_s = min(self.window_s, end_s - time.perf_counter())
+            if patience_s <= 0 or not self._changed.wait(patience_s):
+                return
 
     def _first_batch(self) -> list[Ticket]:
         if not self._waiting:
@@ -181,9 +193,12 @@ class Batcher:
         first = batch[0]
         ids = torch.tensor([ticket.class_id for ticket in batch])
         seeds = [ticket.seed for ticket in batch]
+        scales = [ticket.settings.guidance_scale for ticket in batch]
         try:
             with self.meters.batch(len(batch)):
-                images = first.served.sampler.generate(ids, seeds, first.settings, between_steps=stop_if_useless)
+                images = first.served.sampler.generate(
+                    ids, seeds, first.settings, between_steps=stop_if_useless, guidance_scales=scales
+                )
         except _Abandoned:
             self.meters.stopped.inc(len(batch))
             return

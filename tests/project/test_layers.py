@@ -17,7 +17,7 @@ MAX_FUNCTION_LINES = 60
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "documents", "entry", "errors", "interrupt", "runtime", "types"),
-    ("base", "conditioning", "data", "ema", "optimizers", "schedules"),
+    ("base", "conditioning", "data", "denoising", "ema", "optimizers", "schedules"),
     (
         "base.pretraining",
         "bundle",

@@ -39,12 +39,12 @@ def test_asked_alone_a_picture_is_the_samplers_bit_for_bit(server: Running, samp
 
 
 def test_32_clients_at_once_get_the_pictures_they_would_get_alone(serving: Serving, sampler: Sampler) -> None:
-    wanted = [("IPR"[number % 3], number) for number in range(64)]
+    wanted = [("IPR"[number % 3], number, (2.0, 3.0, 4.5, 8.0)[number % 4]) for number in range(64)]
     with serving(queue_length=64) as server, ThreadPoolExecutor(32) as pool:
-        answers = list(pool.map(lambda pair: server.draw(*pair), wanted))
+        answers = list(pool.map(lambda asked: server.draw(*asked[:2], guidance_scale=asked[2]), wanted))
         batches = server.ask("GET", "/metrics").body.decode()
     assert [answer.status for answer in answers] == [200] * len(wanted)
-    alone = np.concatenate([sampler.draw([phase], [seed]) for phase, seed in wanted])
+    alone = np.concatenate([sampler.draw([phase], [seed], guidance) for phase, seed, guidance in wanted])
     apart = np.abs(np.concatenate([answer.pictures for answer in answers]).astype(int) - alone)
     assert apart.max() <= 1
     assert (apart.max(axis=-1) > 0).mean() <= 0.001
