@@ -11,6 +11,8 @@ from dfu_mlflow.diagnosis.lacking import Lacking
 
 Curves = Mapping[str, Mapping[int, float]]
 """Metric name -> step (or epoch) -> value."""
+DRAWS = "draws.rank"
+"""Tags `draws.rank0`, `draws.rank1` ...: a digest of each rank's first draws."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,20 @@ class Case:
         if per_epoch and epochs:
             return int(per_epoch) * int(epochs)
         raise Lacking("neither curves nor configuration say how many updates were made")
+
+    def ranks(self) -> int:
+        """Processes that trained together: as configured, else as many as told their draws; a run of this project that
+        tells neither had one.
+
+        Raises:
+            Lacking: where nothing tells.
+        """
+        if "runtime.num_processes" in self.settings:
+            return int(self.settings["runtime.num_processes"])
+        told = sum(name.startswith(DRAWS) for name in self.tags)
+        if told or "seed" in self.settings:
+            return max(1, told)
+        raise Lacking("neither draws by rank nor the number of processes are known")
 
     def ready(self) -> Bench:
         """Base, data, weights and pictures.
