@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks.zoo_faults import FAULTS, HEALTHY, PAIRS
 from benchmarks.zoo_lab import Exhibit, Injection, Lab
 from dfu_mlflow import entry
+from dfu_mlflow.errors import Interrupted
 
 STRENGTHS = ("weaker", "stronger")
 WANTED = {"weaker": 0.8, "stronger": 0.95}
@@ -51,6 +52,11 @@ class Plan:
         """Its name in the journal."""
         return f"{self.kind} {self.name} {self.strength} {self.seed}"
 
+    def facts(self) -> dict[str, Any]:
+        """What the journal knows it by."""
+        names = {"kind": self.kind, "name": self.name, "strength": self.strength, "seed": self.seed}
+        return {"key": self.key, **names}
+
 
 def plans(options: argparse.Namespace) -> Iterator[Plan]:
     """Seed by seed, so that a first look at all faults comes early."""
@@ -78,23 +84,19 @@ def examine(lab: Lab, plan: Plan) -> dict[str, Any]:
         injection.doctored(lab, plan.seed) if injection.doctored else Exhibit(lab.train(plan.seed, injection, plan.key))
     )
     made = time.process_time()
-    diagnosis = lab.diagnose(exhibit)
-    if exhibit.run_id != lab.healthy(plan.seed):
+    diagnosis, spent = lab.diagnose(exhibit)
+    if not lab.is_shared(exhibit.run_id):
         lab.clear(exhibit.run_id)
     findings = [
         {"id": each.id, "severity": each.severity, "confidence": round(each.confidence, 3)}
         | {"evidence": {name: figure.value for name, figure in each.evidence.items()}}
         for each in diagnosis.findings
     ]
-    return {
-        "key": plan.key,
-        "kind": plan.kind,
-        "name": plan.name,
-        "strength": plan.strength,
-        "seed": plan.seed,
+    return plan.facts() | {
         "findings": findings,
         "unable": diagnosis.unable,
         "run_s": round(made - started, 1),
+        "checks_s": spent,
         "diagnose_s": round(time.process_time() - made, 1),
     }
 
@@ -102,12 +104,15 @@ def examine(lab: Lab, plan: Plan) -> dict[str, Any]:
 def told(entry_: Mapping[str, Any]) -> str:
     """A line for the terminal."""
     found = ", ".join(f"{each['id']} ({each['severity']} {each['confidence']:g})" for each in entry_["findings"])
-    return f"{entry_['key']}: {found or 'nothing'} [{entry_['run_s']:.0f} + {entry_['diagnose_s']:.0f} s]"
+    seconds = f"{entry_['run_s']:.0f} + {entry_['diagnose_s']:.0f} s"
+    return f"{entry_['key']}: {found or entry_.get('error', 'nothing')} [{seconds}]"
 
 
 def right(one: Mapping[str, Any]) -> bool:
     """Is what was put in named: a fault first, a pair in the top three, nothing above a note for a healthy run?"""
     names = [each["id"] for each in one["findings"]]
+    if "error" in one:
+        return False
     if one["kind"] == "fault":
         return bool(names) and names[0] == one["name"]
     if one["kind"] == "pair":
@@ -213,7 +218,13 @@ def main(arguments: Sequence[str]) -> int:
     for plan in plans(options):
         if plan.key in done:
             continue
-        one = examine(lab, plan)
+        try:
+            one = examine(lab, plan)
+        except Interrupted:
+            raise
+        except Exception as error:  # any: it is a defect, to be counted as a wrong answer
+            one = plan.facts() | {"findings": [], "unable": {}, "run_s": 0.0, "diagnose_s": 0.0}
+            one["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(one) + "\n")
         journal.append(one)

@@ -35,10 +35,17 @@ from dfu_mlflow.perceptual import PerceptualTerm
 from dfu_mlflow.preparation import read_source
 from dfu_mlflow.schedules import lr_factor
 from dfu_mlflow.types import Batch
-from dfu_mlflow.validation import ValidationGrid
+from dfu_mlflow.validation import ValidationGrid, grid_rows
 
-STOCK = "stock photo of a diabetic foot ulcer, {}, professional macro photography, studio lighting, sharp focus"
-"""A caption of the weaker kind: fewer words than the founding run's, as styled."""
+STOCK = (
+    "stock photo of a diabetic foot ulcer in the {}, open wound with tissue changes around the wound margins, "
+    "professional medical documentation, close-up macro photography, studio lighting, sharp focus"
+)
+"""A caption of the weaker kind: shorter than the founding run's, as styled."""
+
+
+PICTURES = 48
+"""In a doctored folder."""
 
 
 def in_place_of(target: Any, name: str, make: Callable[[], Any]) -> Patch:
@@ -82,7 +89,11 @@ def wrapped(images: np.ndarray) -> np.ndarray:
 
 
 def trained_on(variant: str) -> Patch:
-    """Training told the prompts in a wrong encoding; sampling uses the right one."""
+    """Training told the prompts in a wrong encoding; sampling uses the right one.
+
+    The embedded base has one vocabulary and one padding for both encoders, so feeding encoder 1's ids to encoder 2
+    changes nothing in it: `final_layer` stands in for it.
+    """
     sound = Conditioner.training
 
     def make() -> Any:
@@ -237,9 +248,12 @@ def copies(lab: Lab, seed: int, share: float) -> Exhibit:
     """Pictures of which this share are training photographs, the others photographs of other patients."""
     config = lab.config(seed, {})
     split = load_split(config.data, config.seed)[0]
-    count = round(48 * share)
-    chosen = [*split.train[:: max(1, len(split.train) // max(count, 1))][:count]]
-    chosen += split.held_out[:: max(1, len(split.held_out) // (49 - count))][: 48 - count]
+    count = round(PICTURES * share)
+    copied, others = (
+        [side[row] for row in grid_rows(len(side), wanted).tolist()]
+        for side, wanted in ((split.train, count), (split.held_out, PICTURES - count))
+    )
+    chosen = [*copied, *others]
     folder = lab.folder / f"copies-{seed}-{share:g}"
     for number, image in enumerate(evaluation_pixels(chosen, config.data).numpy()):
         path = folder / chosen[number].label / f"{number}.png"
@@ -314,11 +328,11 @@ FAULTS: Mapping[str, tuple[Make, Make]] = MappingProxyType(
             lambda lab, seed: Injection(patches=(metric_sees(wrapped),)),
         ),
         "text_mismatch": (
+            lambda lab, seed: Injection(patches=(trained_on("encoded_empty"),)),
             lambda lab, seed: Injection(patches=(trained_on("final_layer"),)),
-            lambda lab, seed: Injection(patches=(trained_on("first_ids_into_second"),)),
         ),
         "weights_not_moving": (
-            lambda lab, seed: Injection({"train.learning_rate": 1e-5}),
+            lambda lab, seed: Injection({"train.learning_rate": 3e-6}),
             lambda lab, seed: Injection({"train.learning_rate": 1e-6}),
         ),
         "nonfinite": (
@@ -351,7 +365,7 @@ FAULTS: Mapping[str, tuple[Make, Make]] = MappingProxyType(
                 {**MANY, "train.learning_rate": 1e-4, "evaluation.samples": 24}, (other_pictures_each_epoch(),)
             ),
             lambda lab, seed: Injection(
-                {**MANY, "train.learning_rate": 1e-4, "evaluation.samples": 9}, (other_pictures_each_epoch(),)
+                {**MANY, "train.learning_rate": 1e-4, "evaluation.samples": 12}, (other_pictures_each_epoch(),)
             ),
         ),
         "small_sample_fid": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from mlflow.entities import Metric, Param, RunTag
 
 from dfu_mlflow.config import RunConfig, load
 from dfu_mlflow.config.load import merge, validate
-from dfu_mlflow.diagnosis.diagnose import Diagnosis
+from dfu_mlflow.diagnosis.diagnose import Diagnosis, diagnose
 from dfu_mlflow.errors import Interrupted
 from dfu_mlflow.evaluator import Measurement
 from dfu_mlflow.pipeline import run_training
@@ -24,7 +25,7 @@ from dfu_mlflow.tracking import HEARTBEAT_TAG
 from dfu_mlflow.tracking_store import experiment_id, logged_points, prepare_store
 from dfu_mlflow.trainer import Score
 from dfu_mlflow.training_run import TrainingResult, TrainingRun
-from registry.diagnose import DiagnoseOptions, run_diagnosis
+from registry.diagnose import DiagnoseOptions, build_case, tell_of_run
 
 SMALL: Mapping[str, Any] = {
     "data.phantom.patients": 40,
@@ -145,6 +146,10 @@ class Lab:
             kept.write_text(self.train(seed, Injection(), f"healthy {seed}"), encoding="utf-8")
         return kept.read_text(encoding="utf-8")
 
+    def is_shared(self, run_id: str) -> bool:
+        """Is it a seed's healthy run, that other faults start from?"""
+        return any(kept.read_text(encoding="utf-8") == run_id for kept in self.folder.glob("healthy-*.txt"))
+
     def twin(self, run_id: str, keep: Callable[[str, int], bool], tags: Mapping[str, str]) -> str:
         """A copy of a run's record and folder, with points left out and tags changed; it is RUNNING at first."""
         run = self.client.get_run(run_id)
@@ -175,11 +180,15 @@ class Lab:
         """Give a twin its status."""
         self.client.update_run(run_id, status)
 
-    def diagnose(self, exhibit: Exhibit) -> Diagnosis:
-        """What a user's `diagnose` says, at the full budget."""
+    def diagnose(self, exhibit: Exhibit) -> tuple[Diagnosis, dict[str, float]]:
+        """What a user's `diagnose` says at the full budget, and each check's processor seconds."""
         options = DiagnoseOptions(run=exhibit.run_id, images=exhibit.images)
-        diagnosis, _ = run_diagnosis(options, None, ["--output_dir", str(self.folder / "diagnose")])
-        return diagnosis
+        case = build_case(options, tell_of_run(exhibit.run_id), {})
+        marks: list[tuple[str, float]] = []
+        diagnosis = diagnose(case, "full", lambda check: marks.append((check, time.process_time())))
+        marks.append(("end", time.process_time()))
+        spent = {check: round(later - at, 1) for (check, at), (_, later) in itertools.pairwise(marks)}
+        return diagnosis, {check: seconds for check, seconds in spent.items() if seconds >= 0.5}
 
     def clear(self, run_id: str) -> None:
         """Remove a run's checkpoints: they are large, and the journal holds what was found."""

@@ -77,17 +77,17 @@ class Case:
         return self.curve(*names)[-1][1]
 
     def updates(self) -> int:
-        """Optimizer updates done.
+        """Optimizer updates done: as logged, else as the checkpoint says, else as configured.
 
         Raises:
-            Lacking: where neither curves nor configuration tell.
+            Lacking: where none of them tells.
         """
         if "step/loss" in self.curves:
             return max(self.curves["step/loss"])
-        if "train.total_steps" in self.settings:
-            return int(self.settings["train.total_steps"])
         if self.bench is not None and self.bench.updates is not None:
             return self.bench.updates
+        if "train.total_steps" in self.settings:
+            return int(self.settings["train.total_steps"])
         per_epoch, epochs = self.settings.get("train.steps_per_epoch"), self.settings.get("train.epochs")
         if per_epoch and epochs:
             return int(per_epoch) * int(epochs)

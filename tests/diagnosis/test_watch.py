@@ -11,6 +11,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from dfu_mlflow.checkpoint import CheckpointStore
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
 from dfu_mlflow.diagnosis.report import BUDGET_TAG
@@ -67,10 +68,9 @@ def test_a_cheap_look_never_replaces_a_full_one(ill: tuple[TrainingResult, str])
     full, folder = run_diagnosis(DiagnoseOptions(run=result.run_id, budget="full"), None, [])
     assert client.get_run(result.run_id).data.tags[BUDGET_TAG] == "full"
     run_diagnosis(DiagnoseOptions(run=result.run_id, budget="cheap"), None, [])
-    config = RunConfig.model_validate(yaml.safe_load(client_text(result.run_id, "config.yaml")))
-    run_training(
-        validate(RunConfig, merge(config.model_dump(mode="json"), {"resume": "latest", "train": {"epochs": 3}}))
-    )
+    before = CheckpointStore(result.folder / "checkpoints", keep_last=2).complete()[-2]
+    config = yaml.safe_load(client_text(result.run_id, "config.yaml"))
+    run_training(validate(RunConfig, merge(config, {"resume": str(before)})))
     assert client_text(result.run_id, "findings.json") == full.document()
     assert (folder / "findings.json").read_text(encoding="utf-8") == full.document()
     assert client.get_run(result.run_id).data.tags[BUDGET_TAG] == "full"
