@@ -126,6 +126,11 @@ class Tracker:
         for start in range(0, len(tags), BATCH_ITEMS):
             self._client.log_batch(self.run_id, tags=tags[start : start + BATCH_ITEMS])
 
+    def tag(self, name: str) -> str | None:
+        """A tag's value, None where it is not set."""
+        value = self._client.get_run(self.run_id).data.tags.get(name)
+        return None if value is None else str(value)
+
     def dataset(
         self, name: str, digest: str, source: str, counts: Mapping[str, int], context: str = "training"
     ) -> None:

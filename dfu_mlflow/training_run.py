@@ -22,7 +22,7 @@ from dfu_mlflow.config.prompts import resolve_style
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.data import dataset_digest, evaluation_pixels
 from dfu_mlflow.diagnosis.diagnose import Diagnosis
-from dfu_mlflow.diagnosis.report import diagnosis_section, finding_tags
+from dfu_mlflow.diagnosis.report import BUDGET_TAG, diagnosis_section, finding_tags, findings_file
 from dfu_mlflow.diagnosis.watch import Watch
 from dfu_mlflow.evaluator import Baseline, Evaluator, Measurement, folded
 from dfu_mlflow.history import History
@@ -130,6 +130,7 @@ class TrainingRun:
         self.console = Console(config.train.epochs, self.trainer.steps_per_epoch)
         self.watch = Watch(config, self.trainer.steps_per_epoch)
         self.diagnosis: Diagnosis | None = None
+        self.diagnosed = tracker.tag(BUDGET_TAG)  # a resumed run may have been diagnosed since
 
     def describe(self, digest: str) -> None:
         """Log what the run is, before it does anything."""
@@ -254,8 +255,10 @@ class TrainingRun:
         self.diagnosis, news = self.watch.look(figures)
         for sentence in news:
             self.console.say(sentence)
-        self.tracker.text("findings.json", self.diagnosis.document())
-        self.tracker.tags(finding_tags(self.diagnosis))
+        place = findings_file("cheap", self.diagnosed)
+        self.tracker.text(place, self.diagnosis.document())
+        if place == findings_file("cheap", None):
+            self.tracker.tags(finding_tags(self.diagnosis))
 
     def best_score(self, measured: dict[str, Measurement]) -> Score | None:
         """The better of the measured weights, by the configured metric."""

@@ -22,16 +22,19 @@ from dfu_mlflow.diagnosis.case import Case, Life
 from dfu_mlflow.diagnosis.diagnose import Budget, Diagnosis, diagnose
 from dfu_mlflow.diagnosis.foreign import read_foreign
 from dfu_mlflow.diagnosis.lacking import Lacking
-from dfu_mlflow.diagnosis.report import diagnosis_report, finding_tags
+from dfu_mlflow.diagnosis.report import BUDGET_TAG, diagnosis_report, finding_tags, findings_file
 from dfu_mlflow.diagnosis.weights import WeightFiles, checkpoint_updates, find_weights
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.report.render import render
 from dfu_mlflow.subject import CHECKPOINTS, local_configuration
-from dfu_mlflow.tracking import HEARTBEAT_TAG
+from dfu_mlflow.tracking import HEARTBEAT_TAG, IMAGE_FILE
 from dfu_mlflow.tracking_store import logged_points
 from registry.source import RUN_ID, run_configuration
 
 OUTPUT_DIR = Path("outputs/diagnose")
+FINDINGS = "findings.json"
+BUDGET_FILE = "budget.txt"
+"""Beside the findings in a folder: `cheap` or `full`."""
 
 
 class DiagnoseOptions(Section):
@@ -245,14 +248,25 @@ def _states(stated: Mapping[str, Any], key: str) -> bool:
 
 
 def _write(name: str, diagnosis: Diagnosis, options: DiagnoseOptions, folder: Path) -> None:
-    """Into a folder, and for a run of ours into its artifacts and tags as well."""
+    """Into a folder, and for a run of ours into its artifacts and tags as well; full findings are never replaced by
+    cheap ones."""
     folder.mkdir(parents=True, exist_ok=True)
-    html = render(diagnosis_report(name, diagnosis))
-    for file, text in {"findings.json": diagnosis.document(), "report.html": html}.items():
-        (folder / file).write_text(text, encoding="utf-8")
+    # Errors name image files, and these name patients.
+    html, findings = (
+        IMAGE_FILE.sub("[image]", text) for text in (render(diagnosis_report(name, diagnosis)), diagnosis.document())
+    )
+    budget = folder / BUDGET_FILE
+    before = budget.read_text(encoding="utf-8").strip() if budget.is_file() else None
+    place = findings_file(diagnosis.budget, before)
+    (folder / place).write_text(findings, encoding="utf-8")
+    if place == FINDINGS:
+        budget.write_text(f"{diagnosis.budget}\n", encoding="utf-8")
+        (folder / "report.html").write_text(html, encoding="utf-8")
     if options.run:
         client, run_id = MlflowClient(), options.run.removeprefix("runs:/")
-        client.log_text(run_id, diagnosis.document(), "findings.json")
-        client.log_text(run_id, html, "diagnosis.html")
-        for key, value in finding_tags(diagnosis).items():
-            client.set_tag(run_id, key, value)
+        place = findings_file(diagnosis.budget, client.get_run(run_id).data.tags.get(BUDGET_TAG))
+        client.log_text(run_id, findings, place)
+        if place == FINDINGS:
+            client.log_text(run_id, html, "diagnosis.html")
+            for key, value in finding_tags(diagnosis).items():
+                client.set_tag(run_id, key, value)

@@ -16,6 +16,7 @@ from dfu_mlflow.verdict import larger_is_better, success_verdict
 from registry.clean_process import CleanTrial
 
 BLOCKER = "blocker"
+FULL = "full"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Evidence:
         first: there is no champion yet, and the rival is the untouched base.
         notes: metric -> why it was not computed.
         findings: of the training run, None where it holds none.
+        findings_budget: `cheap` or `full`, None where it is not known.
     """
 
     trial: CleanTrial | None
@@ -41,6 +43,7 @@ class Evidence:
     first: bool = False
     notes: Mapping[str, str] = field(default_factory=dict)
     findings: Sequence[Mapping[str, Any]] | None = None
+    findings_budget: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,10 @@ def findings(evidence: Evidence, gates: GatesConfig) -> Answer:
     if evidence.findings is None:
         sentence = "the training run holds no findings.json: diagnose was not run on it"
         return Answer("findings", not gates.findings.required, sentence)
+    if gates.findings.required and evidence.findings_budget != FULL:
+        looked = evidence.findings_budget or "not known to be full"
+        sentence = f"a full diagnosis is required, and the run's findings are {looked}: diagnose it with --budget full"
+        return Answer("findings", False, sentence)
     blocking = [each for each in evidence.findings if each.get("severity") == BLOCKER]
     counts = {"findings": float(len(evidence.findings)), "blockers": float(len(blocking))}
     if not blocking:

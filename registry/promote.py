@@ -15,6 +15,7 @@ from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import Tree, merge, parse_flags, read_tree
 from dfu_mlflow.config.section import Section
 from dfu_mlflow.contest import Contender, Contest, run_contest
+from dfu_mlflow.diagnosis.report import BUDGET_TAG
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.evaluation_run import Origin
 from dfu_mlflow.preparation import Material
@@ -204,8 +205,15 @@ def _evidence(
         first=champion is None,
         notes=contest.notes,
         findings=None if challenger.run_id is None else read_findings(challenger.run_id),
+        findings_budget=None if challenger.run_id is None else findings_budget(challenger.run_id),
         memorisation=config.memorisation,
     )
+
+
+def findings_budget(run_id: str) -> str | None:
+    """How closely the run's findings were made, None where it does not say."""
+    told = MlflowClient().get_run(run_id).data.tags.get(BUDGET_TAG)
+    return None if told is None else str(told)
 
 
 def read_findings(run_id: str) -> list[dict[str, Any]] | None:

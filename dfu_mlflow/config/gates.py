@@ -44,7 +44,7 @@ class FindingsGate(Section):
 
     enabled: bool = True
     required: bool = False
-    """Refuse where the run holds no findings."""
+    """Refuse where the run holds no findings, or only those of the cheap checks."""
 
 
 class LoadsGate(Section):

@@ -11,6 +11,8 @@ from dfu_mlflow.diagnosis.lacking import Lacking
 
 Curves = Mapping[str, Mapping[int, float]]
 """Metric name -> step (or epoch) -> value."""
+DRAWS = "draws.rank"
+"""Tags `draws.rank0`, `draws.rank1` ...: a digest of each rank's first draws."""
 
 
 @dataclass(frozen=True)
@@ -75,21 +77,35 @@ class Case:
         return self.curve(*names)[-1][1]
 
     def updates(self) -> int:
-        """Optimizer updates done.
+        """Optimizer updates done: as logged, else as the checkpoint says, else as configured.
 
         Raises:
-            Lacking: where neither curves nor configuration tell.
+            Lacking: where none of them tells.
         """
         if "step/loss" in self.curves:
             return max(self.curves["step/loss"])
-        if "train.total_steps" in self.settings:
-            return int(self.settings["train.total_steps"])
         if self.bench is not None and self.bench.updates is not None:
             return self.bench.updates
+        if "train.total_steps" in self.settings:
+            return int(self.settings["train.total_steps"])
         per_epoch, epochs = self.settings.get("train.steps_per_epoch"), self.settings.get("train.epochs")
         if per_epoch and epochs:
             return int(per_epoch) * int(epochs)
         raise Lacking("neither curves nor configuration say how many updates were made")
+
+    def ranks(self) -> int:
+        """Processes that trained together: as configured, else as many as told their draws; a run of this project that
+        tells neither had one.
+
+        Raises:
+            Lacking: where nothing tells.
+        """
+        if "runtime.num_processes" in self.settings:
+            return int(self.settings["runtime.num_processes"])
+        told = sum(name.startswith(DRAWS) for name in self.tags)
+        if told or "seed" in self.settings:
+            return max(1, told)
+        raise Lacking("neither draws by rank nor the number of processes are known")
 
     def ready(self) -> Bench:
         """Base, data, weights and pictures.

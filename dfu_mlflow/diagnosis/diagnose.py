@@ -23,10 +23,12 @@ class Diagnosis:
     Attributes:
         findings: worst first.
         outcomes: check id -> what it answered, in the order the checks ran.
+        budget: how closely was looked.
     """
 
     findings: tuple[Finding, ...]
     outcomes: dict[str, Outcome]
+    budget: Budget = "full"
 
     @property
     def unable(self) -> dict[str, str]:
@@ -57,4 +59,4 @@ def diagnose(
             continue
         between_checks(check.id)
         outcomes[check.id] = check.run(case)
-    return Diagnosis(tuple(ranked(each for each in outcomes.values() if isinstance(each, Finding))), outcomes)
+    return Diagnosis(tuple(ranked(each for each in outcomes.values() if isinstance(each, Finding))), outcomes, budget)

@@ -17,6 +17,20 @@ SHOWN = 5
 """Figures of a finding that the terminal shows; the report shows all."""
 
 
+BUDGET_TAG = "diagnosis.budget"
+"""How closely a run's `findings.json` was made: `cheap` or `full`."""
+
+
+def findings_file(budget: str, before: str | None) -> str:
+    """Where findings go: a cheap look never takes the place of a full one, it goes beside it.
+
+    Args:
+        budget: of the findings to be written.
+        before: of those that lie there, None where there are none.
+    """
+    return "findings-cheap.json" if (budget, before) == ("cheap", "full") else "findings.json"
+
+
 def print_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> None:
     """Findings worst first, then what could not be looked at."""
     console = console or Console()
@@ -68,11 +82,12 @@ def summary(diagnosis: Diagnosis) -> tuple[str, ...]:
 
 
 def finding_tags(diagnosis: Diagnosis) -> dict[str, str]:
-    """`finding.ID` -> severity, `finding.first` -> the worst one's id; a check that no longer finds anything says
-    so."""
+    """`finding.ID` -> severity, `finding.first` -> the worst one's id, and how closely was looked; a check that no
+    longer finds anything says so."""
     tags = {f"finding.{name}": "sound" for name, each in diagnosis.outcomes.items() if isinstance(each, Healthy)}
     tags |= {f"finding.{each.id}": each.severity for each in diagnosis.findings}
-    return tags | {"finding.first": diagnosis.findings[0].id if diagnosis.findings else "none"}
+    first = diagnosis.findings[0].id if diagnosis.findings else "none"
+    return tags | {"finding.first": first, BUDGET_TAG: diagnosis.budget}
 
 
 def fix_text(finding: Finding) -> str:

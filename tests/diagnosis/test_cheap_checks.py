@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dfu_mlflow.config import RunConfig
+from dfu_mlflow.config.load import merge, validate
 from dfu_mlflow.diagnosis.case import Case, Life
 from dfu_mlflow.diagnosis.diagnose import diagnose
+from dfu_mlflow.diagnosis.finding import Finding
 
 Points = Mapping[int, float]
 
@@ -39,6 +42,18 @@ def case(
 
 def epochs(*values: float) -> dict[int, float]:
     return dict(enumerate(values, start=1))
+
+
+def require_fix(finding: Finding) -> None:
+    """A diff that validates, or words about code."""
+    if not finding.fix:
+        assert "No setting mends this" in finding.explanation, finding
+    tree: dict[str, Any] = {}
+    for key, value in finding.fix.items():
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        tree = merge(tree, value)
+    validate(RunConfig, tree)
 
 
 def lagging(decay: float, updates: int) -> Callable[[Case], Case]:
@@ -134,6 +149,14 @@ FAULTS: dict[str, tuple[str, Callable[[Case], Case]]] = {
             runtime__seed_by_rank=True,
         ),
     ),
+    "deadlock of a run of this project": (
+        "rank_deadlock",
+        case(
+            {"epoch": {epoch: float(epoch) for epoch in range(6)}},
+            {f"draws.rank{rank}": str(rank) for rank in range(4)},
+            Life("RUNNING", 9000.0),
+        ),
+    ),
     "far below native": ("resolution_off_native", case(data__resolution_px=16)),
     "guidance 12": ("guidance_too_high", case(sampling__guidance_scale=12.0)),
     "stock captions": ("prompt_prior", case(prompts__style="detailed")),
@@ -152,6 +175,13 @@ def test_the_fault_stands_first(name: str, sound: Case) -> None:
     assert found[0].id == wanted, [finding.id for finding in found]
     assert found[0].severity != "note"
     assert 0 < found[0].confidence <= 1
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_change_is_one_that_the_configuration_takes(name: str, sound: Case) -> None:
+    """Or the sentence says that no setting mends it."""
+    for finding in diagnose(FAULTS[name][1](sound), "cheap").findings:
+        require_fix(finding)
 
 
 def test_findings_json_holds_exactly_what_was_promised(sound: Case) -> None:

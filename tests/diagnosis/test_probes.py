@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,16 @@ def run(check: Check, config: RunConfig, **parts: Any) -> Outcome:
 
 def changed(config: RunConfig, change: dict[str, Any]) -> RunConfig:
     return validate(RunConfig, merge(config.model_dump(mode="json"), change))
+
+
+def names_nobody(found: Finding, bench: Bench) -> None:
+    """Findings go to MLflow: no file's name, nor a patient's as the names of files carry it."""
+    told = json.dumps(found.document())
+    records = bench.split.train + bench.split.held_out
+    assert records
+    for record in records:
+        assert record.path.stem not in told
+        assert record.path.stem[:4] not in told  # P000
 
 
 def write_pictures(folder: Path, records: tuple[Record, ...], images: np.ndarray) -> Path:
@@ -125,6 +136,7 @@ def test_a_split_by_image_is_found(small_config: RunConfig) -> None:
     assert isinstance(run(PatientLeakage(), small_config), Healthy)
     found = run(PatientLeakage(), changed(small_config, {"data": {"group_by": "none"}}))
     assert isinstance(found, Finding)
+    names_nobody(found, Bench(small_config, NO_WEIGHTS))
     mended = changed(small_config, {"data": {"group_by": found.fix["data.group_by"]}})
     assert isinstance(run(PatientLeakage(), mended), Healthy)
 
@@ -138,6 +150,8 @@ def test_copies_are_found(small_config: RunConfig, tmp_path: Path) -> None:
         folder = write_pictures(tmp_path / kind.__name__, chosen, images)
         outcome = run(Memorisation(), config, folder=folder)
         assert isinstance(outcome, kind), outcome
+        if isinstance(outcome, Finding):
+            names_nobody(outcome, bench)
 
 
 def test_prior_reliance_is_measured(small_config: RunConfig) -> None:

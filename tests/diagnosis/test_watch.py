@@ -8,10 +8,13 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import yaml
 from mlflow import MlflowClient
 
+from dfu_mlflow.checkpoint import CheckpointStore
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
+from dfu_mlflow.diagnosis.report import BUDGET_TAG
 from dfu_mlflow.pipeline import run_training
 from dfu_mlflow.training_run import TrainingResult
 from registry.diagnose import DiagnoseOptions, run_diagnosis
@@ -56,3 +59,25 @@ def test_diagnose_reads_the_run_from_mlflow(ill: tuple[TrainingResult, str]) -> 
     assert tags["finding.ema_lag"] == "warning" or tags["finding.ema_lag"] == "blocker"
     assert tags["finding.nonfinite"] == "sound"
     assert {"diagnosis.html", "findings.json"} <= {file.path for file in MlflowClient().list_artifacts(result.run_id)}
+
+
+def test_a_cheap_look_never_replaces_a_full_one(ill: tuple[TrainingResult, str]) -> None:
+    """Neither `diagnose --budget cheap` nor the watch of a resumed training."""
+    result, _ = ill
+    client = MlflowClient()
+    full, folder = run_diagnosis(DiagnoseOptions(run=result.run_id, budget="full"), None, [])
+    assert client.get_run(result.run_id).data.tags[BUDGET_TAG] == "full"
+    run_diagnosis(DiagnoseOptions(run=result.run_id, budget="cheap"), None, [])
+    before = CheckpointStore(result.folder / "checkpoints", keep_last=2).complete()[-2]
+    config = yaml.safe_load(client_text(result.run_id, "config.yaml"))
+    run_training(validate(RunConfig, merge(config, {"resume": str(before)})))
+    assert client_text(result.run_id, "findings.json") == full.document()
+    assert (folder / "findings.json").read_text(encoding="utf-8") == full.document()
+    assert client.get_run(result.run_id).data.tags[BUDGET_TAG] == "full"
+    assert (folder / "findings-cheap.json").is_file()
+    assert json.loads(client_text(result.run_id, "findings-cheap.json"))[0]["id"] == "ema_lag"
+
+
+def client_text(run_id: str, name: str) -> str:
+    """An artifact of a run."""
+    return Path(MlflowClient().download_artifacts(run_id, name)).read_text(encoding="utf-8")

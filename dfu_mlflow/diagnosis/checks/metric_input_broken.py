@@ -40,9 +40,9 @@ class MetricInputBroken(Check):
             "blocker",
             0.95,
             evidence,
-            f"What the metrics are fed are not the pictures: {problem}. Every distance measured on them is void: hand "
-            "over uint8 of 0 to 255, scaled once.",
-            {"metrics.check_value_range": True},
+            f"What the metrics are fed are not the pictures: {problem}. Every distance measured on them is void. No "
+            "setting mends this: the code between sampler and metric must hand over uint8 of 0 to 255, scaled once.",
+            {},
         )
 
     def _wrong_pictures(self, bench: Bench, evidence: dict[str, Figure]) -> str | None:

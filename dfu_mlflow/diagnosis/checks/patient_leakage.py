@@ -58,11 +58,17 @@ class PatientLeakage(Check):
             "warning",
             0.98 if shared else 0.8 if stems >= SHARED else 0.7,
             evidence,
-            "Photographs of one patient stand in training and validation both: validation figures flatter, and "
-            "copies are "
-            "not noticed. Split by patient.",
+            "Photographs of one patient stand in training and validation both: validation figures flatter, and copies "
+            f"are not noticed. {_advice(bool(fix))}",
             fix,
         )
+
+
+def _advice(told: bool) -> str:
+    """What to do, where file names tell the patients and where they do not."""
+    if told:
+        return "Split by patient."
+    return "No setting mends this by itself: name the patients in a manifest, and split by its column (data.group_by)."
 
 
 def shared_stems(train: Sequence[Record], held_out: Sequence[Record]) -> tuple[float, re.Pattern[str]]:

@@ -16,7 +16,7 @@ class RankDeadlock(Check):
     """Several ranks, silence, and the last step at an epoch's end, where evaluation begins."""
 
     id = "rank_deadlock"
-    needs = ("runtime.num_processes", "status and heartbeat, or exit.reason", "step/loss", "epoch")
+    needs = ("runtime.num_processes or tags draws.rankN", "status and heartbeat, or exit.reason", "step/loss", "epoch")
     cost = "cheap"
 
     def examine(self, case: Case) -> Finding | Healthy:
@@ -24,9 +24,7 @@ class RankDeadlock(Check):
         reason = case.tags.get("exit.reason", "")
         if any(sign in reason for sign in TIMEOUTS):
             return self._finding({"exit_reason": Figure(reason[:300])}, 0.95)
-        ranks = int(case.settings.get("runtime.num_processes", 1 if "seed" in case.settings else 0))
-        if ranks == 0:
-            raise Lacking("the number of processes is not known")
+        ranks = case.ranks()
         evidence = {"ranks": Figure(float(ranks))}
         if ranks == 1:
             return Healthy(evidence)
@@ -44,8 +42,9 @@ class RankDeadlock(Check):
             evidence,
             "The ranks wait for each other where evaluation begins: one computes a metric that synchronises all of "
             "them. "
-            "Let every rank enter it, or evaluate in one process.",
-            {"runtime.num_processes": 1},
+            "No setting mends this: the code that evaluates must let every rank enter it. Until then start one "
+            "process.",
+            {},
         )
 
 

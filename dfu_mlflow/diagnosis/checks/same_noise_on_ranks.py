@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dfu_mlflow.diagnosis.case import Case
+from dfu_mlflow.diagnosis.case import DRAWS, Case
 from dfu_mlflow.diagnosis.check import Check
 from dfu_mlflow.diagnosis.finding import Figure, Finding, Healthy
 from dfu_mlflow.diagnosis.lacking import Lacking
-
-PREFIX = "draws.rank"
-"""Tags `draws.rank0`, `draws.rank1` ...: a digest of each rank's first draws."""
 
 
 class SameNoiseOnRanks(Check):
@@ -20,16 +17,14 @@ class SameNoiseOnRanks(Check):
 
     def examine(self, case: Case) -> Finding | Healthy:
         """Measured draws decide; a configuration only makes it likely."""
-        digests = [value for name, value in sorted(case.tags.items()) if name.startswith(PREFIX)]
+        digests = [value for name, value in sorted(case.tags.items()) if name.startswith(DRAWS)]
         if len(digests) > 1:
             evidence = {
                 "ranks": Figure(float(len(digests))),
                 "distinct_draws": Figure(float(len(set(digests))), "as many as ranks"),
             }
             return Healthy(evidence) if len(set(digests)) == len(digests) else self._finding(evidence, 0.98)
-        ranks = int(case.settings.get("runtime.num_processes", 1 if "seed" in case.settings else 0))
-        if ranks == 0:
-            raise Lacking("neither draws by rank nor the number of processes are known")
+        ranks = case.ranks()
         if ranks == 1:
             return Healthy({"ranks": Figure(1.0)})
         if "runtime.seed_by_rank" not in case.settings:
@@ -47,6 +42,6 @@ class SameNoiseOnRanks(Check):
             evidence,
             "All ranks draw the same noise and timesteps: each update sees one card's worth of them, however many "
             "cards "
-            "there are. Make the seed depend on the rank.",
-            {"runtime.seed_by_rank": True},
+            "there are. No setting mends this: the code that draws must make its seed depend on the rank.",
+            {},
         )

@@ -101,9 +101,9 @@ class TextMismatch(Check):
             confidence,
             evidence,
             f"The network was trained on other text embeddings than it is sampled with: {what}. It then answers "
-            "prompts it "
-            "has never seen. Train again on what the pipeline's encode_prompt gives.",
-            {"prompts.encoding": "pipeline"},
+            "prompts it has never seen. No setting mends this: the code that encodes captions for training is wrong; "
+            "train again on what the pipeline's encode_prompt gives.",
+            {},
         )
 
 

@@ -30,6 +30,8 @@ class WeightsNotMoving(Check):
         """Small displacement is a fault only where little was learned by it."""
         evidence: dict[str, Figure] = {}
         changed = 1.0
+        if _updates(case) == 0:
+            raise Lacking("no update has been made yet")
         if case.bench is not None and case.bench.has_weights:
             movement = case.bench.movement("live")
             moved, changed = movement.displacement, movement.changed_share
@@ -54,9 +56,10 @@ class WeightsNotMoving(Check):
         rate = case.settings.get("train.learning_rate")
         fix: dict[str, object] = {} if rate is None else {"train.learning_rate": float(f"{10 * float(rate):.3g}")}
         warmup = case.settings.get("train.warmup_steps")
-        if warmup and _updates(case) and int(warmup) > _updates(case) // 5:
+        updates = _updates(case)
+        if warmup and updates and int(warmup) > updates // 5:
             evidence["warmup_steps"] = Figure(float(warmup), "a fifth of the updates at most")
-            fix["train.warmup_steps"] = _updates(case) // 20
+            fix["train.warmup_steps"] = updates // 20
         why = "the learning rate is too small for this many updates"
         if changed < CHANGED and moved > 0:
             why = f"only {100 * changed:.0f} % of their elements differ, as if updates were rounded away in 16 bits"
@@ -77,8 +80,9 @@ class WeightsNotMoving(Check):
         return 1 - losses[max(losses)] / losses[0]
 
 
-def _updates(case: Case) -> int:
+def _updates(case: Case) -> int | None:
+    """None where nothing tells."""
     try:
         return case.updates()
     except Lacking:
-        return 0
+        return None
