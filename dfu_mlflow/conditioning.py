@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dfu_mlflow.data.cache import RowCache
+from dfu_mlflow.runtime import move
 from dfu_mlflow.types import Conditioning, Pipeline
 
 TOKENS = 77
@@ -51,10 +52,10 @@ class Conditioner:
             time_ids: float32 [B, 6].
         """
         device = self.embeddings.device
-        class_ids, dropped = class_ids.to(device), dropped.to(device)
+        class_ids, dropped = move(class_ids, device), move(dropped, device)
         embeddings = torch.where(dropped[:, None, None], self.empty_embeddings, self.embeddings[class_ids])
         pooled = torch.where(dropped[:, None], self.empty_pooled, self.pooled[class_ids])
-        return Conditioning(embeddings, pooled, time_ids.to(device))
+        return Conditioning(embeddings, pooled, move(time_ids, device))
 
     def sampling(self, class_ids: torch.Tensor) -> dict[str, Any]:
         """Arguments for the pipeline's call. class_ids: int64 [B]."""

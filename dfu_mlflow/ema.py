@@ -17,13 +17,19 @@ class ExponentialMovingAverage:
         decay: largest decay.
         warmup: let the decay grow as (1 + n) / (10 + n) after n updates (the ramp of TensorFlow's
             ExponentialMovingAverage, as diffusers' EMAModel has it), so that the start is forgotten at once.
+        place: where the average is kept; None is beside each weight.
     """
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], decay: float, warmup: bool) -> None:
+    def __init__(
+        self, weights: Mapping[str, nn.Parameter], decay: float, warmup: bool, place: torch.device | None = None
+    ) -> None:
         self.decay = decay
         self.warmup = warmup
         self.updates = 0
-        self.average = {name: weight.detach().float().clone() for name, weight in weights.items()}
+        self.average = {
+            name: weight.detach().to(place or weight.device, torch.float32, copy=True)
+            for name, weight in weights.items()
+        }
 
     def current_decay(self) -> float:
         """Decay that the next update uses."""
@@ -39,7 +45,7 @@ class ExponentialMovingAverage:
         """
         self._check_names(weights)
         names = list(self.average)
-        live = [weights[name].detach().float() for name in names]
+        live = [weights[name].detach().to(self.average[name]) for name in names]
         torch._foreach_lerp_([self.average[name] for name in names], live, 1.0 - self.current_decay())
         self.updates += 1
 

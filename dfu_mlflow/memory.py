@@ -27,7 +27,7 @@ def count(module: nn.Module) -> int:
 
 
 def memory_plan(config: RunConfig, source: str) -> dict[str, Any]:
-    """Weights, trainable share, peak memory by part [GiB] and checkpoint size [GiB].
+    """Weights, trainable share, peak memory by part [GiB] on the device and beside it, and checkpoint size [GiB].
 
     Args:
         source: as `resolve_base` gives it.
@@ -41,15 +41,21 @@ def memory_plan(config: RunConfig, source: str) -> dict[str, Any]:
         "UNet": 4.0 * count(unet),
         "gradients": 4.0 * trained,
         "optimizer": OPTIMIZER_BYTES[config.train.optimizer] * trained,
-        "EMA": ema_bytes,
-        "autoencoder and text encoders": 4.0 * sum(count(modules[name]) for name in modules if name != "unet"),
+        "EMA": 0.0 if config.ema.on_host else ema_bytes,
+        "autoencoder": 4.0 * count(modules["vae"]),
         "activations": _activation_bytes(unet, modules["vae"], config),
+    }
+    host = {
+        "EMA": ema_bytes if config.ema.on_host else 0.0,
+        "text encoders, until prompts are encoded": 4.0
+        * sum(count(modules[name]) for name in ("text_encoder", "text_encoder_2")),
     }
     return {
         "unet_weights": base_weights,
         "trained_weights": trained,
         "trainable_fraction": trained / count(unet),
         "memory_gib": {name: size / GIB for name, size in parts.items()},
+        "host_memory_gib": {name: size / GIB for name, size in host.items() if size},
         "checkpoint_gib": _checkpoint_bytes(trained, config) / GIB,
     }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from dfu_mlflow.base.adapters import attach, snapshot
 from dfu_mlflow.base.load import resolve_base
 from dfu_mlflow.batches import Batches
@@ -78,15 +80,19 @@ def equip(config: RunConfig, material: Material) -> Equipment:
 def build_parts(config: RunConfig, material: Material) -> Parts:
     """What is trained, on what: the base's UNet made trainable, and everything that a step needs.
 
+    The text encoders are given up.
+
     Raises:
         UserError: as `equip`.
     """
     pipe = material.pipe
+    pipe.register_modules(text_encoder=None, text_encoder_2=None)  # 3 GiB of SDXL; every prompt is encoded by now
     objective = Objective(
         dict(pipe.scheduler.config), config.loss, build_perceptual(config.loss.perceptual_loss, pipe.vae)
     )
     weights = attach(pipe.unet, config.adapter, config.seed)
     pipe.to(material.device)
+    place = torch.device("cpu") if config.ema.on_host else None
     if config.train.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     return Parts(
@@ -96,5 +102,7 @@ def build_parts(config: RunConfig, material: Material) -> Parts:
         objective=objective,
         conditioner=material.conditioner,
         batches=Batches(material.train, float(pipe.vae.config.scaling_factor), config),
-        ema=ExponentialMovingAverage(weights, config.ema.decay, config.ema.warmup) if config.ema.enabled else None,
+        ema=ExponentialMovingAverage(weights, config.ema.decay, config.ema.warmup, place)
+        if config.ema.enabled
+        else None,
     )

@@ -50,6 +50,7 @@ def _size_lines(config: RunConfig) -> list[str]:
     plan = memory_plan(config, resolve_base(config.base_model))
     place, free = free_bytes(config.output_dir)
     parts = [f"  {name:<32}{gib:8.2f} GiB" for name, gib in plan["memory_gib"].items()]
+    host = [f"  {name:<40}{gib:8.2f} GiB" for name, gib in plan["host_memory_gib"].items()]
     return [
         "",
         "# Size",
@@ -58,6 +59,8 @@ def _size_lines(config: RunConfig) -> list[str]:
         "estimated peak memory of training:",
         *parts,
         f"  {'sum':<32}{sum(plan['memory_gib'].values()):8.2f} GiB",
+        "beside it in the computer's memory:",
+        *host,
         f"disk for checkpoints: {kept_checkpoints(config)} x {plan['checkpoint_gib']:.2f} GiB; "
         f"free at {place}: {free / GIB:.1f} GiB",
     ]

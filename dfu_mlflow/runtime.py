@@ -31,6 +31,13 @@ def generator(seed: int, purpose: str, *index: int) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, purpose, *index))
 
 
+def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on a device; a GPU copies it out of pinned memory while the CPU goes on."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
     with path.open("rb") as file:

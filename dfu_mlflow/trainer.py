@@ -25,7 +25,7 @@ from dfu_mlflow.ema import ExponentialMovingAverage, copy_into
 from dfu_mlflow.errors import Interrupted, UserError
 from dfu_mlflow.objective import LossTerms, Objective
 from dfu_mlflow.perceptual import gradient_shares
-from dfu_mlflow.runtime import derive_seed
+from dfu_mlflow.runtime import derive_seed, move
 from dfu_mlflow.schedules import lr_factor
 from dfu_mlflow.types import Batch
 
@@ -174,8 +174,9 @@ class Trainer:
         rate = self.set_learning_rate()
         batches = list(self.parts.batches.of_step(self.progress.epoch, position))
         figures = self.gradient_figures(batches[0]) if position == 0 else {}
-        losses = [self.forward_backward(batch, last=batch is batches[-1]) for batch in batches]
-        norm = self.update()
+        queued = [self.forward_backward(batch, last=batch is batches[-1]) for batch in batches]
+        norm = self.update()  # the step's one wait for the device: what was queued before has arrived as well
+        losses = [{key: float(value) for key, value in loss.items()} for loss in queued]
         seconds = time.perf_counter() - started
         figures |= {key: sum(loss[key] for loss in losses) / len(losses) for key in losses[0]}
         self.account(figures, norm, [name for batch in batches for name in batch.names])
@@ -184,15 +185,15 @@ class Trainer:
             images = sum(map(len, batches)) * self.accelerator.num_processes
             self.hooks.on_step(self.progress.step, step_figures | {"step/images_per_s": images / seconds})
 
-    def forward_backward(self, batch: Batch, last: bool) -> dict[str, float]:
-        """Accumulate the gradient of one micro-batch; returns its mean losses."""
+    def forward_backward(self, batch: Batch, last: bool) -> dict[str, torch.Tensor]:
+        """Accumulate the gradient of one micro-batch; returns its mean losses, on their way to the CPU."""
         context = nullcontext() if last else self.accelerator.no_sync(self.unet)
         with context:
             terms = self.losses(batch)
             self.accelerator.backward(terms.total.mean() / self.config.train.gradient_accumulation_steps)
-        figures = {"loss": float(terms.total.detach().mean()), "loss_diffusion": float(terms.diffusion.detach().mean())}
-        perceptual = 0.0 if terms.perceptual is None else float(terms.perceptual.detach().mean())
-        return figures | {"loss_perceptual": perceptual}
+        figures = {"loss": terms.total, "loss_diffusion": terms.diffusion}
+        figures["loss_perceptual"] = torch.zeros(1) if terms.perceptual is None else terms.perceptual
+        return {name: value.detach().mean().to("cpu", non_blocking=True) for name, value in figures.items()}
 
     def losses(self, batch: Batch) -> LossTerms:
         """Loss terms of a micro-batch, each [B]."""
@@ -201,7 +202,7 @@ class Trainer:
         told = self.parts.conditioner.training(batch.class_ids, draws.dropped, batch.time_ids)
         with self.accelerator.autocast():
             return self.parts.objective(
-                self.unet, batch.latents.to(device), draws.noise.to(device), draws.timesteps.to(device), told
+                self.unet, move(batch.latents, device), move(draws.noise, device), move(draws.timesteps, device), told
             )
 
     def update(self) -> float:

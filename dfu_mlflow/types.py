@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -18,6 +18,17 @@ Pipeline: TypeAlias = Any
 
 Box = tuple[int, int, int, int]
 """(xmin, ymin, xmax, ymax) in source pixels, right and bottom exclusive."""
+
+
+class Rows(Protocol):
+    """Rows [N, ...] that are picked by position: a tensor, or something that reads them from files."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, ...)."""
+
+    def __getitem__(self, wanted: torch.Tensor | slice, /) -> torch.Tensor:
+        """Those at these positions, int64 [n] or a slice."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +92,15 @@ class Latents:
     """Cached training material, one row a view.
 
     Attributes:
-        moments: float [N, 2C, h, w]: mean and standard deviation of the autoencoder's posterior, unscaled.
+        moments: float [N, 2C, h, w]: mean and standard deviation of the autoencoder's posterior, unscaled; in
+            memory, or in the cache's files and read when indexed.
         class_ids: int64 [N], positions in `classes`.
         time_ids: float32 [N, 6]: original height, width, crop top, left, target height, width.
         names: file (and box) of each row.
         classes: the class labels.
     """
 
-    moments: torch.Tensor
+    moments: Rows
     class_ids: torch.Tensor
     time_ids: torch.Tensor
     names: tuple[str, ...]

@@ -166,6 +166,8 @@ class EmaConfig(Section):
     decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
     warmup: bool = True
     """Decay grows as (1 + n) / (10 + n): without it N updates cover only 1 - decay^N of the way."""
+    on_host: bool = False
+    """Keep the average in the computer's memory: 4 bytes a trained weight less on the GPU, a copy of them each step."""
 
 
 class SamplingConfig(Section):

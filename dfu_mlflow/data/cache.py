@@ -66,18 +66,24 @@ class RowCache:
 
         Raises:
             UserError: where the cache's folder cannot be written.
-            ValueError: where `compute` returns another number of rows than it was asked for.
+            ValueError: where `compute` returns another number of rows than it was asked for, or of unequal shapes.
         """
         if not keys:
             self.last_hits = self.last_misses = 0
             return torch.empty(0)
+        return self.stored(namespace, keys, compute, batch_size)[:]
+
+    def stored(
+        self, namespace: str, keys: Sequence[str], compute: Compute, batch_size: int | None = None
+    ) -> StoredRows:
+        """As `rows`, for at least one key, but the rows stay in their files until they are asked for."""
         folder = self._open(namespace)
         table = _Table(keys)
         self._read(folder, table)
         missing = table.missing()
         self._count(len(table.positions) - len(missing), len(missing))
         self._fill(folder, table, missing, (compute, batch_size or self.batch_size))
-        return table.rows()
+        return StoredRows(table.rows())
 
     def _count(self, hits: int, misses: int) -> None:
         self.last_hits, self.last_misses = hits, misses
@@ -113,7 +119,10 @@ class RowCache:
             nonlocal unsaved, saved, opened
             rows = torch.cat(unsaved)
             unsaved = []
-            write_pack(folder, [table.keys[position] for position in missing[saved : saved + len(rows)]], rows)
+            new = [table.keys[position] for position in missing[saved : saved + len(rows)]]
+            path = write_pack(folder, new, rows)
+            for key, row in read_rows(path, {key: at for at, key in enumerate(new)}):
+                table.put(key, row)
             saved, opened = saved + len(rows), time.monotonic()
 
         try:
@@ -122,8 +131,7 @@ class RowCache:
                 rows = compute(batch).detach().cpu()
                 if len(rows) != len(batch):
                     raise ValueError(f"asked for {len(batch)} rows, computed {len(rows)}")
-                for position, row in zip(batch, rows, strict=True):
-                    table.put(table.keys[position], row)
+                table.require_shape(rows.shape[1:])
                 unsaved.append(rows)
                 if sum(part.nbytes for part in unsaved) >= PACK_BYTES or time.monotonic() - opened > PACK_SECONDS:
                     store()
@@ -132,8 +140,32 @@ class RowCache:
                 store()
 
 
+class StoredRows:
+    """Rows [N, ...] that lie in memory-mapped files; those asked for are copied out.
+
+    The system drops what was not used for a while, so that a data set may be larger than the memory.
+    """
+
+    def __init__(self, rows: Sequence[torch.Tensor]) -> None:
+        self._rows = rows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, ...)."""
+        return (len(self._rows), *self._rows[0].shape)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, wanted: torch.Tensor | slice) -> torch.Tensor:
+        """The rows at these positions (int64 [n], or a slice), copied: [n, ...]."""
+        if isinstance(wanted, slice):
+            return torch.stack(self._rows[wanted])  # type: ignore[arg-type]
+        return torch.stack([self._rows[position] for position in wanted.tolist()])
+
+
 class _Table:
-    """The answer of `RowCache.rows` while it is put together: no row is held twice."""
+    """The answer of `RowCache.stored` while it is put together: no row is held twice."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self.keys = keys
@@ -141,7 +173,8 @@ class _Table:
         for position, key in enumerate(keys):
             self.positions.setdefault(key, []).append(position)
         self._absent = set(self.positions)
-        self._rows: torch.Tensor | None = None
+        self._rows: dict[str, torch.Tensor] = {}
+        self._shape: torch.Size | None = None
 
     def lacks(self, key: str) -> bool:
         return key in self._absent
@@ -151,17 +184,19 @@ class _Table:
         return [positions[0] for key, positions in self.positions.items() if key in self._absent]
 
     def put(self, key: str, row: torch.Tensor) -> None:
-        if self._rows is None:
-            self._rows = row.new_empty((len(self.keys), *row.shape))
-        if row.shape != self._rows.shape[1:]:
-            raise ValueError(f"rows of one call differ in shape: {tuple(row.shape)}, {tuple(self._rows.shape[1:])}")
-        self._rows[self.positions[key]] = row
+        self.require_shape(row.shape)
+        self._rows[key] = row
         self._absent.discard(key)
 
-    def rows(self) -> torch.Tensor:
-        if self._rows is None or self._absent:
+    def require_shape(self, shape: torch.Size) -> None:
+        self._shape = self._shape or shape
+        if shape != self._shape:
+            raise ValueError(f"rows of one call differ in shape: {tuple(shape)}, {tuple(self._shape)}")
+
+    def rows(self) -> list[torch.Tensor]:
+        if self._absent:
             raise RuntimeError(f"{len(self._absent)} rows were never filled in")
-        return self._rows
+        return [self._rows[key] for key in self.keys]
 
 
 def _age_s(path: Path) -> float:

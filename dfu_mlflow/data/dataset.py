@@ -86,7 +86,7 @@ def _encode(jobs: Sequence[Job], config: DataConfig, cache: RowCache, encoder: L
     size = max(1, min(MAX_BATCH, BATCH_PIXELS // config.resolution_px**2))
     keys = [plan.key(record) for record, plan in jobs]
     return Latents(
-        moments=cache.rows(f"latents:{encoder.identity}", keys, compute, size),
+        moments=cache.stored(f"latents:{encoder.identity}", keys, compute, size),
         class_ids=torch.tensor([classes.index(record.label) for record, _ in jobs], dtype=torch.int64),
         time_ids=torch.tensor([_time_ids(plan) for _, plan in jobs], dtype=torch.float32),
         names=tuple(record.name for record, _ in jobs),

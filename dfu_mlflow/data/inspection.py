@@ -11,11 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import PIL
+import torch
 from PIL import Image
 
 from dfu_mlflow.data.audit import Problem
+from dfu_mlflow.data.cache import RowCache
 from dfu_mlflow.data.images import decode_rgb
 from dfu_mlflow.errors import UserError
+from dfu_mlflow.runtime import file_digest
 
 HASH_SIDE = 16
 NEAR_BITS = 28
@@ -24,6 +28,10 @@ by 15 % change at most 24 bits (95th percentile 17); the closest pictures of dif
 960 phantoms and 56 among 810 photographs. The common 64-bit hash has no such gap: 10 bits against 2."""
 BLANK_LEVELS = 2
 BLOCK = 2048
+VERSION = 1
+"""Of what `inspect_file` does: change it when the same file would be described otherwise."""
+ROW_BYTES = 8 + 32 + HASH_SIDE**2 // 8
+FILES_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -43,12 +51,62 @@ class Inspection:
     difference_hash: npt.NDArray[np.bool_]
 
 
-def inspect_files(paths: Sequence[Path], min_side_px: int) -> tuple[dict[Path, Inspection], list[Problem]]:
-    """Decode every file once, in threads; files that cannot be used come back as problems."""
+def inspect_files(
+    paths: Sequence[Path], min_side_px: int, cache: RowCache
+) -> tuple[dict[Path, Inspection], list[Problem]]:
+    """Look into every file, in threads; files that cannot be used come back as problems.
+
+    What a file holds is kept under its digest, so that files are decoded once and only read (a tenth of the time for
+    photographs of a megapixel) from then on. Problems are looked at anew: their sentences name the file.
+    """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(lambda path: inspect_file(path, min_side_px), paths))
-    good = {path: item for path, item in zip(paths, results, strict=True) if isinstance(item, Inspection)}
-    return good, [item for item in results if isinstance(item, Problem)]
+        digests = dict(zip(paths, pool.map(_digest, paths), strict=True))
+        readable = [path for path in paths if digests[path]]
+
+        def compute(positions: list[int]) -> torch.Tensor:
+            looked = pool.map(lambda position: inspect_file(readable[position], min_side_px), positions)
+            return torch.from_numpy(np.stack([_to_row(item) for item in looked]))
+
+        keys = [f"{digests[path]}:{min_side_px}" for path in readable]
+        rows = cache.rows(f"inspections-{VERSION}-pillow-{PIL.__version__}", keys, compute, FILES_AT_ONCE)
+    known = dict(zip(readable, rows.numpy(), strict=True))
+    good: dict[Path, Inspection] = {}
+    problems: list[Problem] = []
+    for path in paths:
+        item = _from_row(known[path], digests[path]) if path in known else None
+        found = item or inspect_file(path, min_side_px)
+        if isinstance(found, Inspection):
+            good[path] = found
+        else:
+            problems.append(found)
+    return good, problems
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, or nothing where it cannot be read."""
+    try:
+        return file_digest(path)
+    except OSError:
+        return ""
+
+
+def _to_row(item: Inspection | Problem) -> npt.NDArray[np.uint8]:
+    """uint8 [72]: width and height, pixel digest, difference hash; all zero for a problem."""
+    if isinstance(item, Problem):
+        return np.zeros(ROW_BYTES, dtype=np.uint8)
+    size = np.array(item.size_px, dtype="<u4").tobytes()
+    packed = np.packbits(item.difference_hash).tobytes()
+    return np.frombuffer(size + bytes.fromhex(item.pixel_digest) + packed, dtype=np.uint8)
+
+
+def _from_row(row: npt.NDArray[np.uint8], digest: str) -> Inspection | None:
+    """What `_to_row` wrote; None for a problem."""
+    content = row.tobytes()
+    width, height = np.frombuffer(content[:8], dtype="<u4").tolist()
+    if not width:
+        return None
+    bits = np.unpackbits(np.frombuffer(content[40:], dtype=np.uint8)).astype(bool)
+    return Inspection(digest, (width, height), content[8:40].hex(), bits)
 
 
 def inspect_file(path: Path, min_side_px: int) -> Inspection | Problem:

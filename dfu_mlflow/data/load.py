@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dfu_mlflow.config.schema import DataConfig
 from dfu_mlflow.data.audit import NOTES, Audit, ClassCount, Problem, refuse_bad_data
-from dfu_mlflow.data.cache import default_cache_dir
+from dfu_mlflow.data.cache import RowCache, default_cache_dir
 from dfu_mlflow.data.cleaning import near_duplicates, usable_records, without_duplicates
 from dfu_mlflow.data.inspection import inspect_files
 from dfu_mlflow.data.patients import assign_patients
@@ -40,7 +40,7 @@ def load_split(config: DataConfig, seed: int) -> tuple[Split, Audit]:
     source = find_source(config, root)
     candidates = assign_patients(source.candidates, config.group_by)
     paths = list(dict.fromkeys(candidate.path for candidate in candidates))
-    inspections, problems = inspect_files(paths, config.min_side_px)
+    inspections, problems = inspect_files(paths, config.min_side_px, RowCache(default_cache_dir(config)))
     records, bad_boxes = usable_records(candidates, inspections, config)
     records, links, repeated = without_duplicates(records, inspections)
     near, look_alike = near_duplicates(records, inspections)

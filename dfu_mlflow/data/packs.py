@@ -63,12 +63,14 @@ def storage_error(path: Path, error: OSError, size_bytes: int = 0) -> UserError:
     return UserError(f"{path} cannot be written ({error.strerror}): point --data.cache_dir to a folder of yours")
 
 
-def write_pack(folder: Path, keys: Sequence[str], rows: torch.Tensor) -> None:
-    """Store rows [n, ...] under their keys as a new pack; raises as `write_private` does."""
+def write_pack(folder: Path, keys: Sequence[str], rows: torch.Tensor) -> Path:
+    """Store rows [n, ...] under their keys as a new pack and say where; raises as `write_private` does."""
     rows = rows.detach().cpu().contiguous()
     checksums = [_checksum(key, row) for key, row in zip(keys, rows, strict=True)]
     header = {"keys": json.dumps(list(keys)), "checksums": json.dumps(checksums)}
-    write_private(folder / f"{uuid.uuid4().hex}{SUFFIX}", save({"rows": rows}, metadata=header))
+    path = folder / f"{uuid.uuid4().hex}{SUFFIX}"
+    write_private(path, save({"rows": rows}, metadata=header))
+    return path
 
 
 def read_index(path: Path) -> list[str] | None:
@@ -78,7 +80,7 @@ def read_index(path: Path) -> list[str] | None:
 
 
 def read_rows(path: Path, wanted: dict[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Rows (key -> position) of a memory-mapped pack, valid until the next one; damaged rows are left out."""
+    """Rows (key -> position) of a memory-mapped pack; damaged rows are left out."""
     header = _header(path)
     if header is None:
         return

@@ -39,3 +39,11 @@ def test_memory_plan_of_full_fine_tuning_counts_every_copy() -> None:
     assert gib["optimizer"] == pytest.approx(2 * gib["UNet"])
     assert plan["checkpoint_gib"] == pytest.approx(4 * gib["UNet"])
     assert gib["activations"] > 1
+    assert plan["host_memory_gib"] == {"text encoders, until prompts are encoded": pytest.approx(3.047, abs=1e-3)}
+
+
+def test_an_average_on_the_host_leaves_the_device() -> None:
+    config = load(RunConfig, "sdxl_full", ["--ema.on_host", "true"])
+    plan = memory_plan(config, "stabilityai/stable-diffusion-xl-base-1.0")
+    assert plan["memory_gib"]["EMA"] == 0.0
+    assert plan["host_memory_gib"]["EMA"] == plan["memory_gib"]["UNet"]

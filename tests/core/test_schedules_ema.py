@@ -65,6 +65,20 @@ def test_applied_puts_the_live_weights_back_exactly() -> None:
     assert torch.equal(weight.detach(), live)
 
 
+def test_the_place_of_the_average_changes_nothing() -> None:
+    weight = nn.Parameter(torch.randn(7, dtype=torch.float64))
+    beside = ExponentialMovingAverage({"w": weight}, decay=0.9, warmup=True)
+    apart = ExponentialMovingAverage({"w": weight}, decay=0.9, warmup=True, place=torch.device("cpu"))
+    for _ in range(3):
+        with torch.no_grad():
+            weight += 1.0
+        beside.update({"w": weight})
+        apart.update({"w": weight})
+    assert torch.equal(beside.average["w"], apart.average["w"])
+    assert apart.average["w"].device.type == "cpu"
+    assert apart.average["w"].data_ptr() != weight.data_ptr()
+
+
 def test_other_names_are_refused() -> None:
     ema = ExponentialMovingAverage({"w": nn.Parameter(torch.zeros(1))}, decay=0.5, warmup=False)
     with pytest.raises(ValueError, match="names differ"):

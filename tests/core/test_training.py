@@ -89,7 +89,7 @@ def test_one_batch_overfits(small_config: RunConfig, tmp_path: Path) -> None:
     batch = next(trainer.parts.batches.of_step(1, 0))
     losses = []
     for _ in range(150):
-        losses.append(trainer.forward_backward(batch, last=True)["loss"])
+        losses.append(float(trainer.forward_backward(batch, last=True)["loss"]))
         trainer.set_learning_rate()
         trainer.update()
         trainer.progress.step += 1
@@ -146,7 +146,7 @@ def test_nonfinite_steps_are_skipped_counted_and_then_stop_the_run(small_config:
     config = changed(small_config, {"train": {"max_nonfinite_steps": 2}})
     trainer = build(config, tmp_path)
     batches = trainer.parts.batches
-    batches.latents = replace(batches.latents, moments=torch.full_like(batches.latents.moments, float("nan")))
+    batches.latents = replace(batches.latents, moments=torch.full(batches.latents.moments.shape, float("nan")))
     before = clones(trainer)
     with pytest.raises(UserError, match=r"2 steps in a row, last at step 2 on .*\.png.*last good checkpoint: .*step-"):
         trainer.fit()

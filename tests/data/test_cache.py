@@ -189,3 +189,19 @@ def test_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache_dir(DataConfig()) == Path.home() / ".cache" / "dfu-mlflow"
     assert default_cache_dir(DataConfig(cache_dir=Path("~/x"))) == Path.home() / "x"
+
+
+def test_stored_rows_are_read_from_their_files_when_indexed(tmp_path: Path) -> None:
+    values = torch.randn(50, 3, 2)
+    keys = [str(number) for number in range(50)]
+    cold = RowCache(tmp_path).stored("x", keys, lambda positions: values[positions], batch_size=7)
+    warm = RowCache(tmp_path).stored("x", [*keys[::-1], "3"], lambda positions: values[:0])
+    assert cold.shape == (50, 3, 2)
+    assert warm.shape == (51, 3, 2)
+    assert len(warm) == 51
+    assert torch.equal(cold[:], values)
+    assert torch.equal(cold[10:20:2], values[10:20:2])
+    assert torch.equal(warm[torch.tensor([0, 49, 50, 0])], values[[49, 0, 3, 49]])
+    copy = warm[torch.tensor([0])]
+    copy += 1.0
+    assert torch.equal(warm[torch.tensor([0])], values[49:]), "what was handed out is not the file's"

@@ -31,12 +31,12 @@ class StaleCache(Check):
         records = material.source.split.train
         chosen = torch.linspace(0, len(records) - 1, min(ROWS, len(records))).round().long().tolist()
         views = config.data.views_per_image
-        rows = [number * views + view for number in chosen for view in range(views)]
+        rows = torch.tensor([number * views + view for number in chosen for view in range(views)])
         with tempfile.TemporaryDirectory() as folder:
             picked = [records[number] for number in chosen]
             fresh = encode_latents(picked, config.data, config.seed, RowCache(Path(folder) / "fresh"), material.encoder)
         kept, anew = (
-            part.chunk(2, dim=1)[0].flatten(1) for part in (material.train.moments[rows].float(), fresh.moments)
+            part.chunk(2, dim=1)[0].flatten(1) for part in (material.train.moments[rows].float(), fresh.moments[:])
         )
         gaps = (kept - anew).norm(dim=1) / anew.norm(dim=1)
         stale = float((gaps > STALE).double().mean())
