@@ -25,6 +25,7 @@ from dfu_mlflow.ema import ExponentialMovingAverage, copy_into
 from dfu_mlflow.errors import Interrupted, UserError
 from dfu_mlflow.objective import LossTerms, Objective
 from dfu_mlflow.perceptual import gradient_shares
+from dfu_mlflow.ranks import Ranks
 from dfu_mlflow.runtime import derive_seed
 from dfu_mlflow.schedules import lr_factor
 from dfu_mlflow.types import Batch
@@ -117,17 +118,25 @@ class Trainer:
         config: the run's configuration.
         store: where checkpoints go.
         hooks: how figures leave.
-        accelerator: device placement, precision and ranks.
+        accelerator: device placement and precision.
+        ranks: the processes that train together; None for this one alone.
     """
 
     def __init__(
-        self, parts: Parts, config: RunConfig, store: CheckpointStore, hooks: Hooks, accelerator: Accelerator
+        self,
+        parts: Parts,
+        config: RunConfig,
+        store: CheckpointStore,
+        hooks: Hooks,
+        accelerator: Accelerator,
+        ranks: Ranks | None = None,
     ) -> None:
         self.parts = parts
         self.config = config
         self.store = store
         self.hooks = hooks
         self.accelerator = accelerator
+        self.ranks = ranks or Ranks()
         self.progress = Progress()
         self.unet, self.optimizer = accelerator.prepare(parts.unet, parts.optimizer)
 
@@ -161,7 +170,7 @@ class Trainer:
         every = self.config.checkpoint.every_steps
         for position in range(inside, self.steps_per_epoch):
             self.train_step(position)
-            if self.hooks.should_stop():
+            if self.ranks.any(self.hooks.should_stop()):
                 self.save()
                 raise Interrupted(f"stopped after step {self.progress.step}")
             last = position + 1 == self.steps_per_epoch
@@ -178,10 +187,11 @@ class Trainer:
         norm = self.update()
         seconds = time.perf_counter() - started
         figures |= {key: sum(loss[key] for loss in losses) / len(losses) for key in losses[0]}
+        figures = self.ranks.mean(figures)
         self.account(figures, norm, [name for batch in batches for name in batch.names])
         if math.isfinite(norm):
             step_figures = {"step/loss": figures["loss"], "step/grad_norm": norm, "step/lr": rate}
-            images = sum(map(len, batches)) * self.accelerator.num_processes
+            images = sum(map(len, batches)) * self.ranks.count
             self.hooks.on_step(self.progress.step, step_figures | {"step/images_per_s": images / seconds})
 
     def forward_backward(self, batch: Batch, last: bool) -> dict[str, float]:
@@ -189,6 +199,8 @@ class Trainer:
         context = nullcontext() if last else self.accelerator.no_sync(self.unet)
         with context:
             terms = self.losses(batch)
+            if last:
+                self.ranks.at(f"the gradients of step {self.progress.step + 1}")
             self.accelerator.backward(terms.total.mean() / self.config.train.gradient_accumulation_steps)
         figures = {"loss": float(terms.total.detach().mean()), "loss_diffusion": float(terms.diffusion.detach().mean())}
         perceptual = 0.0 if terms.perceptual is None else float(terms.perceptual.detach().mean())
@@ -242,7 +254,8 @@ class Trainer:
         """Share of the gradient norm that each loss term has, measured on the first micro-batch of the epoch."""
         if self.parts.objective.perceptual is None:
             return {"grad_share_perceptual": 0.0}
-        terms = self.losses(batch)
+        with self.accelerator.no_sync(self.unet):  # else DDP waits for a backward pass of this forward one
+            terms = self.losses(batch)
         assert terms.perceptual is not None
         named = {"diffusion": terms.diffusion.mean(), "perceptual": terms.perceptual.mean()}
         return {"grad_share_perceptual": gradient_shares(named, list(self.parts.weights.values()))["perceptual"]}
@@ -270,10 +283,10 @@ class Trainer:
         best = self.progress.best_score
         if score is not None and epoch > 0 and (best is None or score.value < best):
             self.progress.best_score, self.progress.best_epoch = score.value, epoch
-            if self.accelerator.is_main_process:
+            if self.ranks.main:
                 facts = {"epoch": epoch, "score": score.value, "shown": score.shown}
                 self.store.mark_best(checkpoint_name(self.progress.step), facts)
-        if self.accelerator.is_main_process:
+        if self.ranks.main:
             self.store.amend(self.progress.step, vars(self.progress))
 
     def epoch_figures(self) -> dict[str, float]:
@@ -293,7 +306,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of everything that decides what comes next."""
         self.hooks.before_checkpoint()
-        if not self.accelerator.is_main_process:
+        if not self.ranks.main:
             return
         ema = self.parts.ema
         state = {
