@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from dfu_mlflow.base.adapters import displacement
 from dfu_mlflow.checkpoint import CheckpointStore
 from dfu_mlflow.config.schema import RunConfig
+from dfu_mlflow.engines import build_accelerator
 from dfu_mlflow.evaluator import Evaluator, Observation
 from dfu_mlflow.panels import Panels
 from dfu_mlflow.preparation import Material, sampling_settings
@@ -101,7 +101,7 @@ class Participant:
         )
         hooks = Hooks(self.evaluate, self.on_step, self.before_checkpoint, self.asked_to_stop, facts)
         store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep_last)
-        accelerator = Accelerator(cpu=self.material.device.type == "cpu", mixed_precision=config.train.mixed_precision)
+        accelerator = build_accelerator(self.material.device, config.train.mixed_precision)
         self.trainer = Trainer(self.parts, config, store, hooks, accelerator, ranks)
 
     def on_step(self, step: int, figures: dict[str, float]) -> None:

@@ -18,10 +18,11 @@ from torch import nn
 
 from dfu_mlflow.base.adapters import Weights
 from dfu_mlflow.batches import Batches
-from dfu_mlflow.checkpoint import Checkpoint, CheckpointStore, checkpoint_name, load_optimizer, optimizer_tensors
+from dfu_mlflow.checkpoint import Checkpoint, CheckpointStore, checkpoint_name
 from dfu_mlflow.conditioning import Conditioner
 from dfu_mlflow.config.schema import RunConfig
-from dfu_mlflow.ema import ExponentialMovingAverage, copy_into
+from dfu_mlflow.ema import ExponentialMovingAverage
+from dfu_mlflow.engines import build_engine
 from dfu_mlflow.errors import Interrupted, UserError
 from dfu_mlflow.objective import LossTerms, Objective
 from dfu_mlflow.perceptual import gradient_shares
@@ -138,7 +139,8 @@ class Trainer:
         self.accelerator = accelerator
         self.ranks = ranks or Ranks()
         self.progress = Progress()
-        self.unet, self.optimizer = accelerator.prepare(parts.unet, parts.optimizer)
+        self.engine = build_engine(accelerator, parts.unet, parts.weights, parts.optimizer, config)
+        self.unet, self.optimizer = self.engine.unet, self.engine.optimizer
 
     @property
     def steps_per_epoch(self) -> int:
@@ -196,12 +198,12 @@ class Trainer:
 
     def forward_backward(self, batch: Batch, last: bool) -> dict[str, float]:
         """Accumulate the gradient of one micro-batch; returns its mean losses."""
-        context = nullcontext() if last else self.accelerator.no_sync(self.unet)
+        context = nullcontext() if last else self.engine.no_sync()
         with context:
             terms = self.losses(batch)
             if last:
                 self.ranks.at(f"the gradients of step {self.progress.step + 1}")
-            self.accelerator.backward(terms.total.mean() / self.config.train.gradient_accumulation_steps)
+            self.engine.backward(terms.total.mean(), last)
         figures = {"loss": float(terms.total.detach().mean()), "loss_diffusion": float(terms.diffusion.detach().mean())}
         perceptual = 0.0 if terms.perceptual is None else float(terms.perceptual.detach().mean())
         return figures | {"loss_perceptual": perceptual}
@@ -211,22 +213,16 @@ class Trainer:
         device, draws = self.accelerator.device, batch.draws
         torch.manual_seed(derive_seed(self.config.seed, "layers", batch.sample_ids[0]))  # for adapters' dropout
         told = self.parts.conditioner.training(batch.class_ids, draws.dropped, batch.time_ids)
-        with self.accelerator.autocast():
+        with self.engine.autocast():
             return self.parts.objective(
                 self.unet, batch.latents.to(device), draws.noise.to(device), draws.timesteps.to(device), told
             )
 
     def update(self) -> float:
         """Clip, step, average; a non-finite gradient skips the step. Returns the gradient norm before clipping."""
-        limit = self.config.train.max_grad_norm
-        norm = float(
-            self.accelerator.clip_grad_norm_(self.parts.weights.values(), math.inf if limit is None else limit)
-        )
-        if math.isfinite(norm) or self.accelerator.scaler is not None:  # fp16's scaler skips, and learns from it
-            self.optimizer.step()
+        norm = self.engine.update()
         if math.isfinite(norm) and self.parts.ema is not None:
             self.parts.ema.update(self.parts.weights)
-        self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def account(self, figures: dict[str, float], norm: float, names: list[str]) -> None:
@@ -254,7 +250,7 @@ class Trainer:
         """Share of the gradient norm that each loss term has, measured on the first micro-batch of the epoch."""
         if self.parts.objective.perceptual is None:
             return {"grad_share_perceptual": 0.0}
-        with self.accelerator.no_sync(self.unet):  # else DDP waits for a backward pass of this forward one
+        with self.engine.no_sync():  # else DDP waits for a backward pass of this forward one
             terms = self.losses(batch)
         assert terms.perceptual is not None
         named = {"diffusion": terms.diffusion.mean(), "perceptual": terms.perceptual.mean()}
@@ -306,6 +302,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of everything that decides what comes next."""
         self.hooks.before_checkpoint()
+        optimizer = self.engine.state()
         if not self.ranks.main:
             return
         ema = self.parts.ema
@@ -318,13 +315,12 @@ class Trainer:
         }
         weights = {name: weight.detach() for name, weight in self.parts.weights.items()}
         average = {} if ema is None else ema.average
-        self.store.save(Checkpoint(weights, average, optimizer_tensors(self.parts.optimizer), state))
+        self.store.save(Checkpoint(weights, average, optimizer, state))
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue as if never interrupted."""
         state = checkpoint.state
-        copy_into(self.parts.weights, checkpoint.weights)
-        load_optimizer(self.parts.optimizer, checkpoint.optimizer)
+        self.engine.load(checkpoint.weights, checkpoint.optimizer)
         if self.parts.ema is not None:
             self.parts.ema.load(checkpoint.ema, int(state["ema_updates"]))
         if self.accelerator.scaler is not None and state["scaler"]:

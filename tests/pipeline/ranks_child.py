@@ -1,4 +1,4 @@
-"""Run by `test_ranks` in a forked process, with CONFIG (JSON), FOLDER, DIES (where to be killed) and ENVIRONMENT."""
+"""Run by `test_ranks` in a forked process, with CONFIG (JSON), FOLDER, DIES, AFTER and ENVIRONMENT."""
 
 import os
 import signal
@@ -16,8 +16,18 @@ os.environ.update(given["ENVIRONMENT"])
 os.chdir(given["FOLDER"])  # artifacts go below the working directory
 mlflow.set_tracking_uri(f"sqlite:///{given['FOLDER']}/mlflow.db")
 torch.set_num_threads(1)
+generate, calls = Sampler.generate, []
+
+
+def die(*arguments: object, **named: object) -> object:
+    calls.append(1)
+    if len(calls) > int(given["AFTER"]):
+        os.kill(os.getpid(), getattr(signal, given["DIES"]))
+    return generate(*arguments, **named)  # type: ignore[arg-type]
+
+
 if given["DIES"]:
-    Sampler.generate = lambda *_, **__: os.kill(os.getpid(), getattr(signal, given["DIES"]))  # type: ignore[assignment]
+    Sampler.generate = die  # type: ignore[assignment, method-assign]
 
 
 def main(_: object) -> int:

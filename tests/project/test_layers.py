@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "batches",
+        "engines",
         "evaluator",
         "history",
         "panels",
