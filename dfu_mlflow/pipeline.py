@@ -8,6 +8,7 @@ from dfu_mlflow.base.adapters import attach, snapshot
 from dfu_mlflow.base.load import resolve_base
 from dfu_mlflow.batches import Batches
 from dfu_mlflow.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from dfu_mlflow.config.runtime import RuntimeConfig
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.data import dataset_digest
 from dfu_mlflow.ema import ExponentialMovingAverage
@@ -47,6 +48,7 @@ def run_training(
     """
     device = pick_device(config.device)
     with StopRequest() as stop, joined(device, config.runtime.timeout_s, stop) as ranks, ranks.explained():
+        config = config.model_copy(update={"runtime": _runtime(config, ranks)})
         check_disk(config, resolve_base(config.base_model))
         resumed_from = ranks.decided(lambda: find_checkpoint(config.resume, config.output_dir), "the start")
         with ranks.main_first("the end of preparation"):
@@ -80,6 +82,10 @@ def train(run: Participant, checkpoint: Checkpoint | None) -> TrainingResult:
     run.show_draws(run.ranks.everyone(run.first_draws(), "the first step"))
     run.trainer.fit()
     return run.ranks.decided(run.finish, "the end of training", limited=False)
+
+
+def _runtime(config: RunConfig, ranks: Ranks) -> RuntimeConfig:
+    return config.runtime.model_copy(update={"num_processes": ranks.count})
 
 
 def equip(config: RunConfig, material: Material, ranks: Ranks) -> Equipment:

@@ -87,16 +87,9 @@ class TrainingRun(Participant):
             "seed": config.seed,
             "trainable_fraction": round(trainable_fraction(pipe.unet, self.parts.weights), 6),
         }
-        hidden = {
-            "metric_identity": "; ".join(panel.reference.identity for panel in self.panels.panels),
-            "cfg/runtime.num_processes": self.ranks.count,
-        }
-        self.tracker.params(config, derived | hidden)
-        self.settings_shown = {
-            name: str(value)
-            for name, value in derived.items()
-            if name not in ("metric_identity", "cfg/runtime.num_processes")
-        }
+        identity = "; ".join(panel.reference.identity for panel in self.panels.panels)
+        self.tracker.params(config, derived | {"metric_identity": identity})
+        self.settings_shown = {name: str(value) for name, value in derived.items()}
         self.tracker.text("config.yaml", dump_yaml(config))
         hashes = {f"sha256.{part}": digest for part, digest in self.material.digests.items()}
         notes = {f"not_computed.{metric}": reason for metric, reason in self.panels.notes.items()}
