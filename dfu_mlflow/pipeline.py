@@ -51,7 +51,7 @@ def run_training(
         config = config.model_copy(update={"runtime": _runtime(config, ranks)})
         check_disk(config, resolve_base(config.base_model))
         resumed_from = ranks.decided(lambda: find_checkpoint(config.resume, config.output_dir), "the start")
-        with ranks.main_first("the end of preparation"):
+        with ranks.main_first("preparation"):
             source = read_source(config)
             checkpoint = load_checkpoint(resumed_from) if resumed_from else None
             digest = dataset_digest(source.split)

@@ -121,13 +121,16 @@ class Ranks:
 
     @contextmanager
     def main_first(self, place: str) -> Iterator[None]:
-        """The main rank runs the block before the others do, who then find in caches what it has stored."""
+        """The main rank runs the block before the others do, who then find in caches what it has stored.
+
+        However long it takes: photographs are encoded here. All leave together.
+        """
+        if not self.main:
+            self.meet(f"{place} by the main rank", limited=False)
+        yield
         if self.main:
-            yield
-            self.meet(place, limited=False)
-        else:
-            self.meet(place, limited=False)
-            yield
+            self.meet(f"{place} by the main rank", limited=False)
+        self.meet(place, limited=False)
 
     def mean(self, figures: Mapping[str, float]) -> dict[str, float]:
         """Figures averaged over the ranks."""
@@ -252,6 +255,11 @@ def _open_group(device: torch.device, timeout_s: float) -> PartialState:
     if device.type != "cpu":
         return PartialState(**limit)
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if deepspeed:
+        from deepspeed import ops
+
+        # Else DeepSpeed compiles C++ for a minute in every rank, to exchange over shared memory what gloo can too.
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return PartialState(cpu=not deepspeed, backend="gloo", **limit)
 
 

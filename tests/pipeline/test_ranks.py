@@ -146,7 +146,7 @@ def test_a_rank_that_hangs_in_evaluation_ends_the_run_with_its_name(
     small_config_at: Callable[[Path], RunConfig], tmp_path: Path
 ) -> None:
     pair = Launch(small_config_at, tmp_path / "stuck", 2)
-    codes = pair(merge(CHANGE, {"runtime": {"timeout_s": 5}}), dies="SIGSTOP")
+    codes = pair(merge(CHANGE, {"runtime": {"timeout_s": 20}}), dies="SIGSTOP")
     assert codes[0] == 2
     assert "rank 1 of 2" in pair.run().data.tags["exit.reason"]
 
@@ -165,8 +165,6 @@ def test_zero2_trains_checkpoints_resumes_and_evaluates(
         "ACCELERATE_USE_DEEPSPEED": "true",
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
         "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto",
-        "ACCELERATE_GRADIENT_CLIPPING": "auto",
         "DS_ACCELERATOR": "cpu",
     }
     pair = Launch(small_config_at, tmp_path / "zero", 2)
