@@ -10,6 +10,7 @@ import torch
 
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.data import epoch_order
+from dfu_mlflow.errors import UserError
 from dfu_mlflow.objective import draw
 from dfu_mlflow.types import Batch, Latents
 
@@ -21,24 +22,37 @@ class Batches:
         latents: the training rows.
         scaling_factor: what the autoencoder's latents are multiplied by.
         config: batch size, accumulation, steps an epoch, class balance, dropout, noise offset and seed.
+        rank, ranks: which share of each micro-batch is dealt out here, of how many equal ones.
+
+    Raises:
+        UserError: for a batch size that the ranks cannot share equally.
     """
 
-    def __init__(self, latents: Latents, scaling_factor: float, config: RunConfig) -> None:
+    def __init__(
+        self, latents: Latents, scaling_factor: float, config: RunConfig, rank: int = 0, ranks: int = 1
+    ) -> None:
+        if config.train.batch_size % ranks:
+            raise UserError(
+                f"--train.batch_size {config.train.batch_size} cannot be shared equally by {ranks} processes: "
+                f"take {math.ceil(config.train.batch_size / ranks) * ranks}"
+            )
         self.latents = latents
         self.scaling_factor = scaling_factor
         self.config = config
+        self.rank, self.share = rank, config.train.batch_size // ranks
         self.steps_per_epoch = steps_per_epoch(config, len(latents))
         self._order: tuple[int, np.ndarray] | None = None
 
     def of_step(self, epoch: int, position: int) -> Iterator[Batch]:
-        """The micro-batches of the `position`-th step (from 0) of an epoch (from 1)."""
+        """This rank's share of the micro-batches of the `position`-th step (from 0) of an epoch (from 1)."""
         size, parts = self.config.train.batch_size, self.config.train.gradient_accumulation_steps
         count = self.steps_per_epoch * size * parts
         rows = self._epoch_rows(epoch, count)
         for micro in range(parts):
-            first = (position * parts + micro) * size
+            first = (position * parts + micro) * size + self.rank * self.share
             offset = (epoch - 1) * count
-            yield self._batch(rows[first : first + size], range(offset + first, offset + first + size))
+            last = first + self.share
+            yield self._batch(rows[first:last], range(offset + first, offset + last))
 
     def _epoch_rows(self, epoch: int, count: int) -> np.ndarray:
         """The epoch's order, worked out once an epoch: it is as long as the epoch, a step is not."""

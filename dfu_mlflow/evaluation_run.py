@@ -22,6 +22,7 @@ from dfu_mlflow.metrics.extractors.sscd import sscd
 from dfu_mlflow.panels import build_panels
 from dfu_mlflow.photograph_features import Features
 from dfu_mlflow.preparation import Material, prepare, read_source
+from dfu_mlflow.ranks import Ranks
 from dfu_mlflow.report.document import Section
 from dfu_mlflow.report.evaluation import EvaluationStory, evaluation_report
 from dfu_mlflow.report.findings import memorisation_section, utility_section
@@ -99,7 +100,7 @@ def run_evaluation(
         config = fitting(config, subject)
         check_subject(config, material, subject)
         use_precision(config, material.device, material.pipe, *([subject.sampler.pipe] if subject.sampler else []))
-        observer = Observer(config, material, build_panels(config, material, thorough=True), stop.check)
+        observer = Observer(config, material, build_panels(config, material, thorough=True), Ranks(stop.check))
         with track(config) as tracker:
             evaluation = Evaluation(config, observer, tracker, origin)
             evaluation.describe(subject)
@@ -182,7 +183,7 @@ class Evaluation:
             self.memorisation(subject, seen)
         if self.config.utility.enabled:
             try:
-                report = utility(self.config, self.observer.material, subject, self.observer.between_batches)
+                report = utility(self.config, self.observer.material, subject, self.observer.ranks.check)
                 self.add(utility_section(report), "utility", report.values)
             except UserError as error:  # hours of figures are not thrown away for it
                 self.notes["utility"] = str(error)
@@ -196,7 +197,7 @@ class Evaluation:
             extractors["sscd"] = known
         told = None
         if subject.sampler is not None and seen.losses is not None:
-            told = membership(config, material, subject.sampler, self.observer.between_batches)
+            told = membership(config, material, subject.sampler, self.observer.ranks.check)
         probe = MemorisationProbe(config, material, extractors)
         images = seen.drawn.images[seen.drawn.counted.numpy()]
         report = probe.report(images, told)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +13,14 @@ from dfu_mlflow.metrics.extractors.base import Extractor
 from dfu_mlflow.metrics.reference import Reference
 from dfu_mlflow.objective import Objective
 from dfu_mlflow.preparation import Material
+from dfu_mlflow.ranks import Ranks
 from dfu_mlflow.runtime import derive_seed
 from dfu_mlflow.sampling import Sampler, Settings
 from dfu_mlflow.types import Estimate, EvalReport
 from dfu_mlflow.validation import ValidationGrid, validation_figures, validation_losses
+
+EXTRACTED_AT_ONCE = 32
+"""Pictures handed to an extractor: its own batch, so that features do not depend on who extracts."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,21 @@ class Measurement:
     validation: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Observation:
+    """What one evaluation of one set of weights saw.
+
+    Attributes:
+        losses: float64 [M, T], of the validation grid.
+        drawn: pictures from the fixed seeds.
+        features: float64 [N, D] of the counted ones, one a panel.
+    """
+
+    losses: torch.Tensor
+    drawn: Drawn
+    features: tuple[torch.Tensor, ...]
+
+
 class Evaluator:
     """Measures the weights that are in the UNet now.
 
@@ -83,7 +102,7 @@ class Evaluator:
         settings: how pictures are drawn.
         panels: what is measured on them; the first one's counts decide how many are drawn.
         config: how much is measured.
-        between_batches: called between batches; raises to stop.
+        ranks: who shares the work; their stop request is answered between batches.
     """
 
     def __init__(
@@ -93,14 +112,14 @@ class Evaluator:
         settings: Settings,
         panels: tuple[Panel, ...],
         config: EvaluationConfig,
-        between_batches: Callable[[], None],
+        ranks: Ranks,
     ) -> None:
         self.material = material
         self.objective = objective
         self.settings = settings
         self.panels = panels
         self.config = config
-        self.between_batches = between_batches
+        self.ranks = ranks
         self.grid = ValidationGrid.build(
             material.held_out,
             float(material.pipe.vae.config.scaling_factor),
@@ -109,20 +128,23 @@ class Evaluator:
             config.seed,
         )
 
-    def measure(self, shown: str, base: Baseline | None, batch_size: int) -> Measurement:
-        """Evaluate the weights in the UNet; `shown` says which they are, `live` or `ema`."""
-        losses = self.losses()
-        drawn = self.draw(batch_size)
-        figures = validation_figures(losses, base.losses if base else None, self.grid.timesteps)
-        reports = assess(self.panels, drawn, extract(self.panels, drawn), base.reports if base else None, shown)
-        grids = sample_grids(drawn, self.material.conditioner.classes, self.config.grid_per_class)
-        return Measurement(reports, losses, grids, flatten_reports(reports), figures)
+    def observe(self, batch_size: int) -> Observation:
+        """Look at the weights in the UNet; the ranks share the work, and each gets all of the result."""
+        losses, drawn = self.losses(), self.draw(batch_size)
+        return Observation(losses, drawn, extract(self.panels, drawn, self.ranks))
+
+    def judge(self, seen: Observation, shown: str, base: Baseline | None) -> Measurement:
+        """The figures of what was seen; `shown` says which weights those were, `live` or `ema`."""
+        figures = validation_figures(seen.losses, base.losses if base else None, self.grid.timesteps)
+        reports = assess(self.panels, seen.drawn, seen.features, base.reports if base else None, shown)
+        grids = sample_grids(seen.drawn, self.material.conditioner.classes, self.config.grid_per_class)
+        return Measurement(reports, seen.losses, grids, flatten_reports(reports), figures)
 
     def losses(self) -> torch.Tensor:
         """Validation losses of the weights in the UNet, float64 [M, T]."""
         unet = self.material.pipe.unet
         unet.eval()
-        return validation_losses(unet, self.objective, self.material.conditioner, self.grid, self.between_batches)
+        return validation_losses(unet, self.objective, self.material.conditioner, self.grid, self.ranks)
 
     def draw(self, batch_size: int, settings: Settings | None = None) -> Drawn:
         """Pictures from the same seeds in every epoch; `settings` None takes the evaluator's own."""
@@ -137,13 +159,23 @@ class Evaluator:
                 seeds.append(derive_seed(self.config.seed, "evaluation", class_id, number))
         class_ids = torch.tensor(ids)
         sampler = Sampler(self.material.pipe, self.material.conditioner, settings or self.settings, batch_size)
-        images = sampler.generate(class_ids, seeds, between_batches=self.between_batches)
-        return Drawn(images, class_ids, torch.tensor(counted))
+
+        def drawn(rows: slice) -> torch.Tensor:
+            pictures = sampler.generate(class_ids[rows], seeds[rows], between_batches=self.ranks.check)
+            return torch.from_numpy(pictures)
+
+        images = self.ranks.rows(len(seeds), batch_size, drawn, "sampling for evaluation")
+        return Drawn(images.numpy(), class_ids, torch.tensor(counted))
 
 
-def extract(panels: Sequence[Panel], drawn: Drawn) -> tuple[torch.Tensor, ...]:
-    """Features of the counted pictures, float64 [M, D], one a panel."""
-    return tuple(panel.extractor(torch.from_numpy(drawn.images)[drawn.counted]) for panel in panels)
+def extract(panels: Sequence[Panel], drawn: Drawn, ranks: Ranks) -> tuple[torch.Tensor, ...]:
+    """Features of the counted pictures, float64 [M, D], one a panel; ranks share the pictures out."""
+    pictures = torch.from_numpy(drawn.images)[drawn.counted]
+
+    def features(extractor: Extractor) -> torch.Tensor:
+        return ranks.rows(len(pictures), EXTRACTED_AT_ONCE, lambda rows: extractor(pictures[rows]), extractor.name)
+
+    return tuple(features(panel.extractor) for panel in panels)
 
 
 def assess(

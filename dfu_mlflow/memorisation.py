@@ -18,6 +18,7 @@ from dfu_mlflow.metrics.memorisation import MemorisationReference, MemorisationR
 from dfu_mlflow.objective import Objective
 from dfu_mlflow.photograph_features import Features, PhotographFeatures, feature_rows
 from dfu_mlflow.preparation import Material
+from dfu_mlflow.ranks import Ranks
 from dfu_mlflow.sampling import Sampler
 from dfu_mlflow.types import Estimate, Record
 from dfu_mlflow.validation import ValidationGrid, grid_rows, validation_losses
@@ -122,7 +123,11 @@ def _member_losses(
     grid = ValidationGrid.build(latents, factor, len(records), evaluation.validation_timesteps, evaluation.seed)
     now, base = (
         validation_losses(
-            pipe.unet, Objective(dict(pipe.scheduler.config), config.loss, None), conditioner, grid, between_batches
+            pipe.unet,
+            Objective(dict(pipe.scheduler.config), config.loss, None),
+            conditioner,
+            grid,
+            Ranks(between_batches),
         )
         for pipe, conditioner in ((sampler.pipe, sampler.conditioner), (material.pipe, material.conditioner))
     )

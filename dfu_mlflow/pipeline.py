@@ -9,7 +9,8 @@ import torch
 from dfu_mlflow.base.adapters import attach, snapshot
 from dfu_mlflow.base.load import resolve_base
 from dfu_mlflow.batches import Batches
-from dfu_mlflow.checkpoint import find_checkpoint, load_checkpoint
+from dfu_mlflow.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from dfu_mlflow.config.runtime import RuntimeConfig
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.data import dataset_digest
 from dfu_mlflow.ema import ExponentialMovingAverage
@@ -18,12 +19,15 @@ from dfu_mlflow.memory import check_disk
 from dfu_mlflow.objective import Objective
 from dfu_mlflow.optimizers import build_optimizer
 from dfu_mlflow.panels import build_panels
+from dfu_mlflow.participant import Equipment, Participant, TrainingResult
 from dfu_mlflow.perceptual import build_perceptual
 from dfu_mlflow.preparation import Material, prepare, read_source
+from dfu_mlflow.ranks import Ranks, joined
 from dfu_mlflow.resume import check_same_run
+from dfu_mlflow.runtime import pick_device
 from dfu_mlflow.tracking import track
 from dfu_mlflow.trainer import Parts
-from dfu_mlflow.training_run import Equipment, Supervisor, TrainingResult, TrainingRun
+from dfu_mlflow.training_run import Supervisor, TrainingRun
 
 
 def run_training(
@@ -37,28 +41,35 @@ def run_training(
         publish: called with the result before the MLflow run is closed, to register the model.
         supervisor: names the MLflow run to write to, hears of each epoch and may end the run.
 
+    Under a launcher every process calls this; all work, the first one decides and writes, and all get the result.
+
     Raises:
-        UserError: for input that cannot be worked with; before the run is opened where that can be known.
+        UserError: for input that cannot be worked with; before the run is opened where that can be known. `RankLost`
+            when another process has died, hangs or failed.
         Interrupted: after Ctrl-C or SIGTERM; a checkpoint has been written. `Pruned` where the supervisor says so.
     """
-    with StopRequest() as stop:
+    device = pick_device(config.device)
+    with StopRequest() as stop, joined(device, config.runtime.timeout_s, stop) as ranks, ranks.explained():
+        config = config.model_copy(update={"runtime": _runtime(config, ranks)})
         check_disk(config, resolve_base(config.base_model))
-        resumed_from = find_checkpoint(config.resume, config.output_dir)
-        source = read_source(config)
-        checkpoint = load_checkpoint(resumed_from) if resumed_from else None
-        digest = dataset_digest(source.split)
-        if checkpoint is not None:
-            check_same_run(checkpoint, config, digest)
-        equipment = equip(config, prepare(config, source))
-        given = supervisor.run_id if supervisor else None
-        with track(config, checkpoint.state["run_id"] if checkpoint else given) as tracker:
-            folder = resumed_from.parent.parent if resumed_from else config.output_dir / tracker.run_id[:8]
-            run = TrainingRun(config, equipment, tracker, stop, folder, supervisor)
-            run.describe(digest)
+        resumed_from = ranks.decided(lambda: find_checkpoint(config.resume, config.output_dir), "the start")
+        with ranks.main_first("preparation"):
+            source = read_source(config)
+            checkpoint = load_checkpoint(resumed_from) if resumed_from else None
+            digest = dataset_digest(source.split)
             if checkpoint is not None:
-                run.trainer.restore(checkpoint)
-            run.trainer.fit()
-            result = run.finish()
+                check_same_run(checkpoint, config, digest)
+            equipment = equip(config, prepare(config, source), ranks)
+        if not ranks.main:
+            folder = resumed_from.parent.parent if resumed_from else config.output_dir
+            return train(Participant(config, equipment, ranks, folder, {}), checkpoint)
+        given = supervisor.run_id if supervisor else None
+        # Explained inside the MLflow run: its `exit.reason` is to name the rank that is missing.
+        with track(config, checkpoint.state["run_id"] if checkpoint else given) as tracker, ranks.explained():
+            folder = resumed_from.parent.parent if resumed_from else config.output_dir / tracker.run_id[:8]
+            run = TrainingRun(config, equipment, tracker, ranks, folder, supervisor)
+            run.describe(digest)
+            result = train(run, checkpoint)
             if supervisor is not None:
                 result = supervisor.finished(run, result)
             if publish is not None:
@@ -66,18 +77,31 @@ def run_training(
     return result
 
 
-def equip(config: RunConfig, material: Material) -> Equipment:
+def train(run: Participant, checkpoint: Checkpoint | None) -> TrainingResult:
+    """Train as one rank of the run, from a checkpoint or from the base."""
+    if checkpoint is not None:
+        run.trainer.restore(checkpoint)
+    run.show_draws(run.ranks.everyone(run.first_draws(), "the first step"))
+    run.trainer.fit()
+    return run.ranks.decided(run.finish, "the end of training", limited=False)
+
+
+def _runtime(config: RunConfig, ranks: Ranks) -> RuntimeConfig:
+    return config.runtime.model_copy(update={"num_processes": ranks.count})
+
+
+def equip(config: RunConfig, material: Material, ranks: Ranks) -> Equipment:
     """Build networks, objective, optimizer and references.
 
     Raises:
         UserError: for weights or packages that are not at hand, or adapters that fit nowhere.
     """
-    parts = build_parts(config, material)
+    parts = build_parts(config, material, ranks)
     start = snapshot(material.pipe.unet, config.adapter)  # before the first step an adapter adds nothing
     return Equipment(material, build_panels(config, material), parts, start)
 
 
-def build_parts(config: RunConfig, material: Material) -> Parts:
+def build_parts(config: RunConfig, material: Material, ranks: Ranks | None = None) -> Parts:
     """What is trained, on what: the base's UNet made trainable, and everything that a step needs.
 
     The text encoders are given up.
@@ -85,7 +109,7 @@ def build_parts(config: RunConfig, material: Material) -> Parts:
     Raises:
         UserError: as `equip`.
     """
-    pipe = material.pipe
+    pipe, ranks = material.pipe, ranks or Ranks()
     pipe.register_modules(text_encoder=None, text_encoder_2=None)  # 3 GiB of SDXL; every prompt is encoded by now
     objective = Objective(
         dict(pipe.scheduler.config), config.loss, build_perceptual(config.loss.perceptual_loss, pipe.vae)
@@ -101,7 +125,7 @@ def build_parts(config: RunConfig, material: Material) -> Parts:
         optimizer=build_optimizer(weights.values(), config.train),
         objective=objective,
         conditioner=material.conditioner,
-        batches=Batches(material.train, float(pipe.vae.config.scaling_factor), config),
+        batches=Batches(material.train, float(pipe.vae.config.scaling_factor), config, ranks.index, ranks.count),
         ema=ExponentialMovingAverage(weights, config.ema.decay, config.ema.warmup, place)
         if config.ema.enabled
         else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +18,7 @@ from dfu_mlflow.objective import Objective
 from dfu_mlflow.panels import Panels
 from dfu_mlflow.photograph_features import PhotographFeatures
 from dfu_mlflow.preparation import Material
+from dfu_mlflow.ranks import Ranks
 from dfu_mlflow.sampling import Sampler
 from dfu_mlflow.subject import Pictures, Subject, base_sampler
 from dfu_mlflow.types import EvalReport
@@ -83,16 +83,14 @@ class Observer:
         config: what is measured.
         material: photographs and base.
         panels: what pictures are measured against.
-        between_batches: called between batches; raises to stop.
+        ranks: who shares the work.
     """
 
-    def __init__(
-        self, config: RunConfig, material: Material, panels: Panels, between_batches: Callable[[], None]
-    ) -> None:
+    def __init__(self, config: RunConfig, material: Material, panels: Panels, ranks: Ranks) -> None:
         self.config = config
         self.material = material
         self.panels = panels
-        self.between_batches = between_batches
+        self.ranks = ranks
         self.classes = material.conditioner.classes
 
     def base(self) -> Sighting:
@@ -126,7 +124,7 @@ class Observer:
 
     def _measured(self, drawn: Drawn, shown: str, base: Sighting | None, losses: torch.Tensor | None) -> Sighting:
         panels = self.panels.panels
-        features = extract(panels, drawn)
+        features = extract(panels, drawn, self.ranks)
         reports = assess(panels, drawn, features, base.reports if base else None, shown)
         figures = {f"eval/{name}": value for name, value in flatten_reports(reports).items()}
         grids = sample_grids(drawn, self.classes, self.config.evaluation.grid_per_class)
@@ -135,9 +133,7 @@ class Observer:
     def _evaluator(self, sampler: Sampler) -> Evaluator:
         material = replace(self.material, pipe=sampler.pipe, conditioner=sampler.conditioner)
         objective = Objective(dict(sampler.pipe.scheduler.config), self.config.loss, None)
-        return Evaluator(
-            material, objective, sampler.settings, self.panels.panels, self.config.evaluation, self.between_batches
-        )
+        return Evaluator(material, objective, sampler.settings, self.panels.panels, self.config.evaluation, self.ranks)
 
     def _shares_autoencoder(self, sampler: Sampler) -> bool:
         """Held-out latents are the base's: another autoencoder's UNet has nothing to say about them."""

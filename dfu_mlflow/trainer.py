@@ -18,13 +18,15 @@ from torch import nn
 
 from dfu_mlflow.base.adapters import Weights
 from dfu_mlflow.batches import Batches
-from dfu_mlflow.checkpoint import Checkpoint, CheckpointStore, checkpoint_name, load_optimizer, optimizer_tensors
+from dfu_mlflow.checkpoint import Checkpoint, CheckpointStore, checkpoint_name
 from dfu_mlflow.conditioning import Conditioner
 from dfu_mlflow.config.schema import RunConfig
-from dfu_mlflow.ema import ExponentialMovingAverage, copy_into
+from dfu_mlflow.ema import ExponentialMovingAverage
+from dfu_mlflow.engines import build_engine
 from dfu_mlflow.errors import Interrupted, UserError
 from dfu_mlflow.objective import LossTerms, Objective
 from dfu_mlflow.perceptual import gradient_shares
+from dfu_mlflow.ranks import Ranks
 from dfu_mlflow.runtime import derive_seed, move
 from dfu_mlflow.schedules import lr_factor
 from dfu_mlflow.types import Batch
@@ -117,19 +119,28 @@ class Trainer:
         config: the run's configuration.
         store: where checkpoints go.
         hooks: how figures leave.
-        accelerator: device placement, precision and ranks.
+        accelerator: device placement and precision.
+        ranks: the processes that train together; None for this one alone.
     """
 
     def __init__(
-        self, parts: Parts, config: RunConfig, store: CheckpointStore, hooks: Hooks, accelerator: Accelerator
+        self,
+        parts: Parts,
+        config: RunConfig,
+        store: CheckpointStore,
+        hooks: Hooks,
+        accelerator: Accelerator,
+        ranks: Ranks | None = None,
     ) -> None:
         self.parts = parts
         self.config = config
         self.store = store
         self.hooks = hooks
         self.accelerator = accelerator
+        self.ranks = ranks or Ranks()
         self.progress = Progress()
-        self.unet, self.optimizer = accelerator.prepare(parts.unet, parts.optimizer)
+        self.engine = build_engine(accelerator, parts.unet, parts.weights, parts.optimizer, config)
+        self.unet, self.optimizer = self.engine.unet, self.engine.optimizer
 
     @property
     def steps_per_epoch(self) -> int:
@@ -161,7 +172,7 @@ class Trainer:
         every = self.config.checkpoint.every_steps
         for position in range(inside, self.steps_per_epoch):
             self.train_step(position)
-            if self.hooks.should_stop():
+            if self.ranks.any(self.hooks.should_stop()):
                 self.save()
                 raise Interrupted(f"stopped after step {self.progress.step}")
             last = position + 1 == self.steps_per_epoch
@@ -179,18 +190,21 @@ class Trainer:
         losses = [{key: float(value) for key, value in loss.items()} for loss in queued]
         seconds = time.perf_counter() - started
         figures |= {key: sum(loss[key] for loss in losses) / len(losses) for key in losses[0]}
+        figures = self.ranks.mean(figures)
         self.account(figures, norm, [name for batch in batches for name in batch.names])
         if math.isfinite(norm):
             step_figures = {"step/loss": figures["loss"], "step/grad_norm": norm, "step/lr": rate}
-            images = sum(map(len, batches)) * self.accelerator.num_processes
+            images = sum(map(len, batches)) * self.ranks.count
             self.hooks.on_step(self.progress.step, step_figures | {"step/images_per_s": images / seconds})
 
     def forward_backward(self, batch: Batch, last: bool) -> dict[str, torch.Tensor]:
         """Accumulate the gradient of one micro-batch; returns its mean losses, on their way to the CPU."""
-        context = nullcontext() if last else self.accelerator.no_sync(self.unet)
+        context = nullcontext() if last else self.engine.no_sync()
         with context:
             terms = self.losses(batch)
-            self.accelerator.backward(terms.total.mean() / self.config.train.gradient_accumulation_steps)
+            if last:
+                self.ranks.at(f"the gradients of step {self.progress.step + 1}")
+            self.engine.backward(terms.total.mean(), last)
         figures = {"loss": terms.total, "loss_diffusion": terms.diffusion}
         figures["loss_perceptual"] = torch.zeros(1) if terms.perceptual is None else terms.perceptual
         return {name: value.detach().mean().to("cpu", non_blocking=True) for name, value in figures.items()}
@@ -200,22 +214,16 @@ class Trainer:
         device, draws = self.accelerator.device, batch.draws
         torch.manual_seed(derive_seed(self.config.seed, "layers", batch.sample_ids[0]))  # for adapters' dropout
         told = self.parts.conditioner.training(batch.class_ids, draws.dropped, batch.time_ids)
-        with self.accelerator.autocast():
+        with self.engine.autocast():
             return self.parts.objective(
                 self.unet, move(batch.latents, device), move(draws.noise, device), move(draws.timesteps, device), told
             )
 
     def update(self) -> float:
         """Clip, step, average; a non-finite gradient skips the step. Returns the gradient norm before clipping."""
-        limit = self.config.train.max_grad_norm
-        norm = float(
-            self.accelerator.clip_grad_norm_(self.parts.weights.values(), math.inf if limit is None else limit)
-        )
-        if math.isfinite(norm) or self.accelerator.scaler is not None:  # fp16's scaler skips, and learns from it
-            self.optimizer.step()
+        norm = self.engine.update()
         if math.isfinite(norm) and self.parts.ema is not None:
             self.parts.ema.update(self.parts.weights)
-        self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def account(self, figures: dict[str, float], norm: float, names: list[str]) -> None:
@@ -243,7 +251,8 @@ class Trainer:
         """Share of the gradient norm that each loss term has, measured on the first micro-batch of the epoch."""
         if self.parts.objective.perceptual is None:
             return {"grad_share_perceptual": 0.0}
-        terms = self.losses(batch)
+        with self.engine.no_sync():  # else DDP waits for a backward pass of this forward one
+            terms = self.losses(batch)
         assert terms.perceptual is not None
         named = {"diffusion": terms.diffusion.mean(), "perceptual": terms.perceptual.mean()}
         return {"grad_share_perceptual": gradient_shares(named, list(self.parts.weights.values()))["perceptual"]}
@@ -271,10 +280,10 @@ class Trainer:
         best = self.progress.best_score
         if score is not None and epoch > 0 and (best is None or score.value < best):
             self.progress.best_score, self.progress.best_epoch = score.value, epoch
-            if self.accelerator.is_main_process:
+            if self.ranks.main:
                 facts = {"epoch": epoch, "score": score.value, "shown": score.shown}
                 self.store.mark_best(checkpoint_name(self.progress.step), facts)
-        if self.accelerator.is_main_process:
+        if self.ranks.main:
             self.store.amend(self.progress.step, vars(self.progress))
 
     def epoch_figures(self) -> dict[str, float]:
@@ -294,7 +303,8 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of everything that decides what comes next."""
         self.hooks.before_checkpoint()
-        if not self.accelerator.is_main_process:
+        optimizer = self.engine.state()
+        if not self.ranks.main:
             return
         ema = self.parts.ema
         state = {
@@ -306,13 +316,12 @@ class Trainer:
         }
         weights = {name: weight.detach() for name, weight in self.parts.weights.items()}
         average = {} if ema is None else ema.average
-        self.store.save(Checkpoint(weights, average, optimizer_tensors(self.parts.optimizer), state))
+        self.store.save(Checkpoint(weights, average, optimizer, state))
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue as if never interrupted."""
         state = checkpoint.state
-        copy_into(self.parts.weights, checkpoint.weights)
-        load_optimizer(self.parts.optimizer, checkpoint.optimizer)
+        self.engine.load(checkpoint.weights, checkpoint.optimizer)
         if self.parts.ema is not None:
             self.parts.ema.load(checkpoint.ema, int(state["ema_updates"]))
         if self.accelerator.scaler is not None and state["scaler"]:

@@ -1,21 +1,16 @@
-"""One training run: the trainer's hooks, what they measure and where their figures go."""
+"""One training run as its main rank leads it: what is measured, and where the figures go."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from accelerate import Accelerator
 
-from dfu_mlflow.base.adapters import displacement, trainable_fraction
+from dfu_mlflow.base.adapters import trainable_fraction
 from dfu_mlflow.bundle import BundleSource, write_bundle
-from dfu_mlflow.checkpoint import CheckpointStore
 from dfu_mlflow.conditioning import prompt_length
 from dfu_mlflow.config.load import dump_yaml
 from dfu_mlflow.config.prompts import resolve_style
@@ -24,59 +19,18 @@ from dfu_mlflow.data import dataset_digest, evaluation_pixels
 from dfu_mlflow.diagnosis.diagnose import Diagnosis
 from dfu_mlflow.diagnosis.report import BUDGET_TAG, diagnosis_section, finding_tags, findings_file
 from dfu_mlflow.diagnosis.watch import Watch
-from dfu_mlflow.evaluator import Baseline, Evaluator, Measurement, folded
+from dfu_mlflow.evaluator import Baseline, Measurement, Observation, folded
 from dfu_mlflow.history import History
-from dfu_mlflow.interrupt import StopRequest
-from dfu_mlflow.panels import Panels
-from dfu_mlflow.preparation import Material, sampling_settings
+from dfu_mlflow.participant import Equipment, Look, Participant, TrainingResult
 from dfu_mlflow.progress import Console
+from dfu_mlflow.ranks import Ranks
 from dfu_mlflow.report.album import Album
 from dfu_mlflow.report.render import render
 from dfu_mlflow.report.training import TrainingStory, training_report
 from dfu_mlflow.runtime import provenance
 from dfu_mlflow.tracking import Tracker
-from dfu_mlflow.trainer import Hooks, Parts, Score, Trainer
+from dfu_mlflow.trainer import Score
 from dfu_mlflow.verdict import score, success_verdict
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """How a training run ended.
-
-    Attributes:
-        run_id: the MLflow run.
-        folder: checkpoints, history and the bundle.
-        bundle: the best checkpoint as a sampler, None if nothing was trained.
-        best_epoch: its epoch.
-        shown: its weights, `live` or `ema`.
-        figures: its figures.
-        verdict: against the configured success criterion.
-    """
-
-    run_id: str
-    folder: Path
-    bundle: Path | None
-    best_epoch: int
-    shown: str
-    figures: dict[str, float]
-    verdict: str
-
-
-@dataclass(frozen=True)
-class Equipment:
-    """Everything that training works with, built before the MLflow run is opened.
-
-    Attributes:
-        material: base, latents and prompts.
-        panels: what generated images are measured against.
-        parts: what is trained, on what.
-        start: the base's weights, as `snapshot` keeps them.
-    """
-
-    material: Material
-    panels: Panels
-    parts: Parts
-    start: dict[str, torch.Tensor]
 
 
 class Supervisor(Protocol):
@@ -94,39 +48,25 @@ class Supervisor(Protocol):
         """Training is over and its run still open; gives back what is to be published."""
 
 
-class TrainingRun:
-    """One training run: the trainer's hooks, and what they write to."""
+class TrainingRun(Participant):
+    """A training run as its main rank sees it: the trainer's hooks, and what they write to."""
 
     def __init__(
         self,
         config: RunConfig,
         equipment: Equipment,
         tracker: Tracker,
-        stop: StopRequest,
+        ranks: Ranks,
         folder: Path,
         supervisor: Supervisor | None = None,
     ) -> None:
-        self.config = config
+        facts = {"run_id": tracker.run_id, "data": dataset_digest(equipment.material.source.split)}
+        super().__init__(config, equipment, ranks, folder, facts)
         self.supervisor = supervisor
-        self.stop = stop
-        self.material = equipment.material
-        self.parts = equipment.parts
-        self.start = equipment.start
-        self.panels = equipment.panels
         self.tracker = tracker
-        self.folder = folder
         self.history = History(folder / "history.json")
         self.album = Album(folder / "grids", self.material.source.split.classes)
         self.settings_shown: dict[str, str] = {}
-        self.settings = sampling_settings(config, self.material.train)
-        self.evaluator = Evaluator(
-            self.material, self.parts.objective, self.settings, self.panels.panels, config.evaluation, stop.check
-        )
-        facts = {"run_id": tracker.run_id, "data": dataset_digest(self.material.source.split)}
-        hooks = Hooks(self.evaluate, self.on_step, tracker.flush, stop.requested, facts)
-        store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep_last)
-        accelerator = Accelerator(cpu=self.material.device.type == "cpu", mixed_precision=config.train.mixed_precision)
-        self.trainer = Trainer(self.parts, config, store, hooks, accelerator)
         self.console = Console(config.train.epochs, self.trainer.steps_per_epoch)
         self.watch = Watch(config, self.trainer.steps_per_epoch)
         self.diagnosis: Diagnosis | None = None
@@ -147,10 +87,10 @@ class TrainingRun:
             "resolution_px": config.data.resolution_px,
             "seed": config.seed,
             "trainable_fraction": round(trainable_fraction(pipe.unet, self.parts.weights), 6),
-            "metric_identity": "; ".join(panel.reference.identity for panel in self.panels.panels),
         }
-        self.tracker.params(config, derived)
-        self.settings_shown = {name: str(value) for name, value in derived.items() if name != "metric_identity"}
+        identity = "; ".join(panel.reference.identity for panel in self.panels.panels)
+        self.tracker.params(config, derived | {"metric_identity": identity})
+        self.settings_shown = {name: str(value) for name, value in derived.items()}
         self.tracker.text("config.yaml", dump_yaml(config))
         hashes = {f"sha256.{part}": digest for part, digest in self.material.digests.items()}
         notes = {f"not_computed.{metric}": reason for metric, reason in self.panels.notes.items()}
@@ -161,6 +101,10 @@ class TrainingRun:
         if config.tracking.log_real_images:
             self.log_photographs()
         self.console.opening(config, source, derived, self.tracker.run_id)
+
+    def show_draws(self, digests: list[str]) -> None:
+        """Log each rank's first draws, for diagnosis."""
+        self.tracker.tags({f"draws.rank{rank}": digest for rank, digest in enumerate(digests)})
 
     def log_photographs(self) -> None:
         """Held-out photographs beside the samples: only where the user asked for it by name."""
@@ -176,34 +120,43 @@ class TrainingRun:
         if step % self.config.tracking.log_every_steps == 0:
             self.tracker.step(step, figures)
 
+    def before_checkpoint(self) -> None:
+        """What the checkpoint covers is stored first."""
+        self.tracker.flush()
+
     def evaluate(self, epoch: int, training: dict[str, float]) -> Score | None:
         """An epoch is done (0: none yet): measure it, log it, and say how good it is."""
         self.console.evaluating(epoch)
+        return super().evaluate(epoch, training)
+
+    def observe(self, epoch: int) -> Observation | None:
+        """Look at the weights in the UNet; at the untouched base once for all runs of a supervisor that share it."""
+        known = epoch == 0 and self.supervisor is not None and self.base_identity() in self.supervisor.baselines
+        return None if known else super().observe(epoch)
+
+    def conclude(self, epoch: int, training: dict[str, float], looks: dict[str, Look]) -> Score | None:
+        """Measure what was seen, log it, and say how good it is."""
         base = self.history.baseline() if epoch > 0 else None
-        measured: dict[str, Measurement] = {}
+        measured = {shown: self.measure(epoch, shown, look.seen, base) for shown, look in looks.items()}
         figures = {"epoch": float(epoch), **training}
-        moved: dict[str, float] = {}
-        for shown in self.shown_weights(epoch):
-            with self.weights_of(shown):
-                measured[shown] = self.measure(epoch, shown, base)
-                moved[shown] = displacement(self.material.pipe.unet, self.start)
         for shown, measurement in measured.items():
             suffix = "" if shown == "live" else "_ema"
             figures |= {f"val{suffix}/{name}": value for name, value in measurement.validation.items()}
             figures |= {f"eval{suffix}/{name}": value for name, value in measurement.figures.items()}
-        figures |= self.movement(moved)
+        figures |= self.movement({shown: look.moved for shown, look in looks.items()})
         self.log_epoch(epoch, figures, measured)
         best = self.best_score(measured)
         if self.supervisor is not None:
             self.supervisor.epoch(epoch, best)
         return best
 
-    def measure(self, epoch: int, shown: str, base: Baseline | None) -> Measurement:
-        """Evaluate the weights in the UNet; the untouched base once for all runs of a supervisor that share it."""
+    def measure(self, epoch: int, shown: str, seen: Observation | None, base: Baseline | None) -> Measurement:
+        """The figures of what was seen; the untouched base's once for all runs of a supervisor that share it."""
         known = self.supervisor.baselines if self.supervisor is not None and epoch == 0 else {}
         key = self.base_identity() if epoch == 0 else ""
         if key not in known:
-            known[key] = self.evaluator.measure(shown, base, self.config.sampling.batch_size)
+            assert seen is not None
+            known[key] = self.evaluator.judge(seen, shown, base)
         return known[key]
 
     def base_identity(self) -> str:
@@ -213,15 +166,6 @@ class TrainingRun:
         facts += [self.config.evaluation, sorted(material.digests.items()), self.config.train.mixed_precision]
         facts += [self.config.sampling.batch_size, *(panel.reference.identity for panel in self.panels.panels)]
         return repr(facts)
-
-    def shown_weights(self, epoch: int) -> list[str]:
-        """Live weights always; their average where there is one that differs."""
-        averaged = self.parts.ema is not None and epoch > 0 and self.config.evaluation.ema
-        return ["live", "ema"] if averaged else ["live"]
-
-    def weights_of(self, shown: str) -> AbstractContextManager[None]:
-        """The UNet holds these weights inside the block."""
-        return self.parts.ema.applied(self.parts.weights) if shown == "ema" and self.parts.ema else nullcontext()
 
     def movement(self, moved: dict[str, float]) -> dict[str, float]:
         """How far the weights have come, and how much of it the average shows."""

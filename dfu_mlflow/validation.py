@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +9,12 @@ from torch import nn
 
 from dfu_mlflow.conditioning import Conditioner
 from dfu_mlflow.objective import TIMESTEPS, Objective
+from dfu_mlflow.ranks import Ranks
 from dfu_mlflow.runtime import generator
 from dfu_mlflow.types import Latents
 
 BINS = 4
+BATCH_SIZE = 64
 NORMAL_95 = 1.96
 
 
@@ -65,26 +66,26 @@ def validation_losses(
     objective: Objective,
     conditioner: Conditioner,
     grid: ValidationGrid,
-    between_batches: Callable[[], None],
-    batch_size: int = 64,
+    ranks: Ranks,
 ) -> torch.Tensor:
-    """Unweighted loss of every image at every timestep, float64 [M, T]."""
+    """Unweighted loss of every image at every timestep, float64 [M, T]; ranks share the timesteps out."""
     device = grid_device(unet)
     kept = torch.zeros(len(grid.latents), dtype=torch.bool)
     told = conditioner.training(grid.class_ids, kept, grid.time_ids)
-    columns = []
-    for column, timestep in enumerate(grid.timesteps.tolist()):
-        between_batches()
-        noise = grid.noise(column)
+
+    def losses_at(columns: slice) -> torch.Tensor:
+        ranks.check()
+        noise = grid.noise(columns.start)
         rows = []
-        for start in range(0, len(noise), batch_size):
-            part = slice(start, start + batch_size)
+        for start in range(0, len(noise), BATCH_SIZE):
+            part = slice(start, start + BATCH_SIZE)
             latents = grid.latents[part].to(device)
-            steps = torch.full((len(latents),), timestep, device=device)
+            steps = grid.timesteps[columns].to(device).expand(len(latents))
             piece = type(told)(told.embeddings[part], told.pooled[part], told.time_ids[part])
             rows.append(objective.unweighted(unet, latents, noise[part].to(device), steps, piece).double().cpu())
-        columns.append(torch.cat(rows))
-    return torch.stack(columns, dim=1)
+        return torch.cat(rows)[None]
+
+    return ranks.rows(len(grid.timesteps), 1, losses_at, "the validation loss").T.contiguous()
 
 
 def validation_figures(losses: torch.Tensor, base: torch.Tensor | None, timesteps: torch.Tensor) -> dict[str, float]:

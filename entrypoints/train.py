@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig, load
+from dfu_mlflow.launch import NONE, launch_command, replace_process
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train, or with `--dry-run` print the configuration and the plan; 0 when done."""
-    options, flags = entry.split(arguments, {"config": "tiny", "dry-run": "false"})
+    """Train, in several processes with `--launch`, or with `--dry-run` print configuration and plan; 0 when done."""
+    options, flags = entry.split(arguments, {"config": "tiny", "dry-run": "false", "launch": NONE, "processes": ""})
     config = load(RunConfig, options["config"], flags)
     # Loaded after the configuration is known to be right: torch and diffusers take seconds.
     if options["dry-run"] != "false":
@@ -19,11 +20,16 @@ def main(arguments: Sequence[str]) -> int:
 
         print_plan(config)
         return 0
+    launcher = launch_command(options["launch"], options["processes"], config.device)
+    if launcher is not None:
+        command = [*launcher, "-m", "entrypoints.train", "--config", options["config"], *flags]
+        replace_process(command, config.device)
     from dfu_mlflow.pipeline import run_training
+    from dfu_mlflow.ranks import is_main_process
     from registry.publish import publish
 
     result = run_training(config, publish=lambda result: publish(result, config))
-    if config.registry.promote and config.registry.register_model:
+    if is_main_process() and config.registry.promote and config.registry.register_model:
         from registry.promote import promote_run
 
         print("\n".join(promote_run(result.run_id, config).sentences))

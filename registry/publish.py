@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dfu_mlflow.config.schema import RunConfig
-from dfu_mlflow.training_run import TrainingResult
+from dfu_mlflow.participant import TrainingResult
 from registry.package import register_sampler
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from dfu_mlflow.ema import copy_into
 from dfu_mlflow.evaluator import assess, extract, flatten_reports
+from dfu_mlflow.ranks import Ranks
 from dfu_mlflow.training_run import TrainingRun
 from dfu_mlflow.verdict import larger_is_better, score
 
@@ -42,9 +43,9 @@ def sweep(run: TrainingRun, bundle: Path, shown: str, guidance: Sequence[float])
     base, panels = run.history.baseline(), run.panels.panels
     points = []
     for scale in guidance:
-        run.stop.check()
+        run.ranks.check()
         drawn = run.evaluator.draw(run.config.sampling.batch_size, replace(run.settings, guidance_scale=scale))
-        reports = assess(panels, drawn, extract(panels, drawn), base.reports if base else None, shown)
+        reports = assess(panels, drawn, extract(panels, drawn, Ranks()), base.reports if base else None, shown)
         points.append(GuidancePoint(scale, flatten_reports(reports)))
     return points
 

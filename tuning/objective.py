@@ -17,9 +17,10 @@ from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.tuning import TuneConfig
 from dfu_mlflow.errors import Pruned, UserError
 from dfu_mlflow.evaluator import Measurement
+from dfu_mlflow.participant import TrainingResult
 from dfu_mlflow.pipeline import run_training
 from dfu_mlflow.trainer import Score
-from dfu_mlflow.training_run import TrainingResult, TrainingRun
+from dfu_mlflow.training_run import TrainingRun
 from dfu_mlflow.verdict import larger_is_better
 from tuning.guidance import GuidancePoint, best_point, curve_page, sweep
 from tuning.outcome import Outcome

@@ -17,6 +17,7 @@ from dfu_mlflow.metrics.catalogue import ALWAYS, METRICS, figure_names
 from dfu_mlflow.objective import Objective as TrainingLoss
 from dfu_mlflow.panels import build_panels
 from dfu_mlflow.preparation import Material, prepare, read_source
+from dfu_mlflow.ranks import Ranks
 from dfu_mlflow.sampling import Sampler
 from dfu_mlflow.sightings import check_subject
 from dfu_mlflow.subject import open_subject
@@ -76,7 +77,7 @@ class SamplingObjective:
         started = time.perf_counter()
         drawn = self.evaluator.draw(self.sampler.batch_size, settings)
         seconds = (time.perf_counter() - started) / len(drawn.images)
-        reports = assess(panels, drawn, extract(panels, drawn), None, self.shown)
+        reports = assess(panels, drawn, extract(panels, drawn, Ranks()), None, self.shown)
         figures = flatten_reports(reports) | {SECONDS: seconds}
         client = MlflowClient()
         for name in self.names:
@@ -118,4 +119,4 @@ def _evaluator(
 ) -> Evaluator:
     own = replace(material, pipe=sampler.pipe, conditioner=sampler.conditioner)
     loss = TrainingLoss(dict(sampler.pipe.scheduler.config), config.loss, None)
-    return Evaluator(own, loss, sampler.settings, panels, config.evaluation, check_stop)
+    return Evaluator(own, loss, sampler.settings, panels, config.evaluation, Ranks(check_stop))

@@ -12,9 +12,9 @@ from optuna.trial import FrozenTrial
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import Tree, dump_yaml, merge, parse_flags, preset_names, read_tree, validate
 from dfu_mlflow.interrupt import StopRequest
+from dfu_mlflow.participant import TrainingResult
 from dfu_mlflow.preparation import read_source
 from dfu_mlflow.runtime import provenance
-from dfu_mlflow.training_run import TrainingResult
 from registry.aliases import version_at
 from registry.promote import PromoteOptions, promote
 from registry.publish import publish

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from dfu_mlflow.config.gates import GatesConfig
 from dfu_mlflow.config.measures import EvaluationConfig, MemorisationConfig, MetricsConfig, UtilityConfig
+from dfu_mlflow.config.runtime import RuntimeConfig
 from dfu_mlflow.config.section import Fraction, NotNegative, Positive, Section
 from dfu_mlflow.config.tuning import TuneConfig
 
@@ -115,7 +116,7 @@ class TrainConfig(Section):
     steps_per_epoch: Positive | None = 330
     """Optimizer steps an epoch; None is one pass over the training views."""
     batch_size: Positive = 16
-    """Samples a forward pass, on each rank."""
+    """Samples a forward pass, over all ranks together: 16 on 4 ranks is 4 on each, and learns the same as on one."""
     gradient_accumulation_steps: Positive = 1
     learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
     lr_schedule: Literal["constant", "cosine", "linear"] = "cosine"
@@ -237,6 +238,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     registry: RegistryConfig = RegistryConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
     tune: TuneConfig = TuneConfig()
     gates: GatesConfig = GatesConfig()
 

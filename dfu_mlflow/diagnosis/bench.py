@@ -22,6 +22,7 @@ from dfu_mlflow.metrics.extractors.base import NetworkExtractor
 from dfu_mlflow.metrics.extractors.efficientnet import efficientnet_lite0
 from dfu_mlflow.objective import Objective
 from dfu_mlflow.preparation import Material, prepare, read_source, sampling_settings
+from dfu_mlflow.ranks import Ranks
 from dfu_mlflow.runtime import derive_seed
 from dfu_mlflow.sampling import Sampler, Settings
 from dfu_mlflow.subject import Pictures, read_pictures
@@ -196,7 +197,7 @@ class Bench:
         unet = pipe.unet if who == "base" else self.unet(who)
         objective = Objective(dict(pipe.scheduler.config), self.config.loss)
         losses = validation_losses(
-            unet, objective, told or self.material.conditioner, self.grid(), self.between_batches
+            unet, objective, told or self.material.conditioner, self.grid(), Ranks(self.between_batches)
         )
         if told is None:
             self._losses[who] = losses

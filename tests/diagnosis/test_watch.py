@@ -15,8 +15,8 @@ from dfu_mlflow.checkpoint import CheckpointStore
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
 from dfu_mlflow.diagnosis.report import BUDGET_TAG
+from dfu_mlflow.participant import TrainingResult
 from dfu_mlflow.pipeline import run_training
-from dfu_mlflow.training_run import TrainingResult
 from registry.diagnose import DiagnoseOptions, run_diagnosis
 
 

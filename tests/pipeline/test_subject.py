@@ -14,11 +14,11 @@ from PIL import Image
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
 from dfu_mlflow.errors import UserError
+from dfu_mlflow.participant import TrainingResult
 from dfu_mlflow.pipeline import run_training
 from dfu_mlflow.preparation import Material, prepare, read_source
 from dfu_mlflow.sampling import Sampler
 from dfu_mlflow.subject import Subject, Weights, local_configuration, open_subject, read_pictures, with_settings
-from dfu_mlflow.training_run import TrainingResult
 
 
 @pytest.fixture(scope="module")

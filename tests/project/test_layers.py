@@ -16,7 +16,7 @@ MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 60
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("config", "documents", "entry", "errors", "interrupt", "runtime", "types"),
+    ("config", "documents", "entry", "errors", "interrupt", "launch", "ranks", "runtime", "types"),
     ("base", "conditioning", "data", "denoising", "ema", "optimizers", "schedules"),
     (
         "base.pretraining",
@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "batches",
+        "engines",
         "evaluator",
         "history",
         "panels",
@@ -49,6 +50,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "diagnosis",
         "evaluation_run",
         "memorisation",
+        "participant",
         "pipeline",
         "plan",
         "sightings",

@@ -18,8 +18,8 @@ from PIL import Image
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import dump_yaml, merge, read_tree, validate
 from dfu_mlflow.errors import UserError
+from dfu_mlflow.participant import TrainingResult
 from dfu_mlflow.pipeline import run_training
-from dfu_mlflow.training_run import TrainingResult
 from registry.evaluate import EvaluateOptions, configuration, evaluate
 from registry.publish import publish
 from registry.source import locate

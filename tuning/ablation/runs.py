@@ -14,9 +14,11 @@ from dfu_mlflow.config.study import WEIGHTS, Plan
 from dfu_mlflow.documents import FORMAT, read_document
 from dfu_mlflow.errors import ConfigError
 from dfu_mlflow.evaluator import Measurement, assess, extract, flatten_reports
+from dfu_mlflow.participant import TrainingResult
+from dfu_mlflow.ranks import Ranks
 from dfu_mlflow.sampling import Settings
 from dfu_mlflow.trainer import Score
-from dfu_mlflow.training_run import TrainingResult, TrainingRun
+from dfu_mlflow.training_run import TrainingRun
 from tuning.ablation.design import Cell, Factor, cells
 from tuning.ablation.effects import Observation
 from tuning.space import is_fixed, with_values
@@ -160,12 +162,12 @@ class CellSupervisor:
         """The weights of the last step, not of the best epoch: picking the best would be one more factor."""
         base, panels = run.history.baseline(), run.panels.panels
         for sampling in cells(self.experiment.sampled):
-            run.stop.check()
+            run.ranks.check()
             shown, settings = self._sampled_as(sampling, run.settings)
             with run.weights_of(shown):
                 run.parts.unet.eval()
                 drawn = run.evaluator.draw(run.config.sampling.batch_size, settings)
-            reports = assess(panels, drawn, extract(panels, drawn), base.reports if base else None, shown)
+            reports = assess(panels, drawn, extract(panels, drawn, Ranks()), base.reports if base else None, shown)
             self.samplings.append((sampling, flatten_reports(reports)))
         return result
 

@@ -9,7 +9,13 @@ from dfu_mlflow.diagnosis.lacking import Lacking
 
 SILENT_S = 1800.0
 """The default timeout of torch.distributed's collectives on NCCL is ten minutes, on gloo half an hour."""
-TIMEOUTS = ("ProcessGroupNCCL", "Watchdog caught collective", "collective operation timeout", "Timed out waiting")
+TIMEOUTS = (
+    "ProcessGroupNCCL",
+    "Watchdog caught collective",
+    "collective operation timeout",
+    "Timed out waiting",
+    "did not arrive at",
+)
 
 
 class RankDeadlock(Check):

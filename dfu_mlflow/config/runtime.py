@@ -1,0 +1,19 @@
+"""How the processes of a run live together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from dfu_mlflow.config.section import Positive, Section
+
+
+class RuntimeConfig(Section):
+    """What does not touch the figures."""
+
+    num_processes: Positive = 1
+    """Filled in by the run itself from its launcher; `--launch` and `--processes` set it."""
+    timeout_s: Annotated[float, Field(ge=1.0)] = 600.0
+    """How long a process waits for another one before the run ends and says who did not come. Above the longest work
+    that the first process does alone: the metrics of an evaluation, minutes with thousands of pictures."""

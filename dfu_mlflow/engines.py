@@ -1,0 +1,208 @@
+"""What moves gradients: one process or DDP, or DeepSpeed ZeRO-2. The trainer sees the same methods of each."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dfu_mlflow.base.adapters import Weights
+from dfu_mlflow.checkpoint import Tensors, load_optimizer, optimizer_tensors
+from dfu_mlflow.config.schema import RunConfig
+from dfu_mlflow.ema import copy_into
+from dfu_mlflow.errors import UserError
+
+
+class Engine:
+    """One process, or several that hold everything and average their gradients (DDP).
+
+    Args:
+        accelerator: device placement and precision.
+        unet: the network.
+        weights: what learns, by name.
+        optimizer: over `weights`, in their order.
+        config: the run's configuration.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        unet: nn.Module,
+        weights: Weights,
+        optimizer: torch.optim.Optimizer,
+        config: RunConfig,
+    ) -> None:
+        self.accelerator = accelerator
+        self.weights = weights
+        self.train = config.train
+        self.unet, self.optimizer = accelerator.prepare(unet, optimizer)
+
+    @property
+    def scaler(self) -> Any:
+        """fp16's loss scaler, or None."""
+        return self.accelerator.scaler
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Mixed precision as configured."""
+        context: AbstractContextManager[None] = self.accelerator.autocast()
+        return context
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Gradients of backward passes inside stay in this process."""
+        context: AbstractContextManager[None] = self.accelerator.no_sync(self.unet)
+        return context
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Accumulate a micro-batch's gradient; `last` of the step."""
+        self.accelerator.backward(loss / self.train.gradient_accumulation_steps)
+
+    def update(self) -> float:
+        """Clip and step; a non-finite gradient skips the step. Returns the gradient norm before clipping."""
+        limit = math.inf if self.train.max_grad_norm is None else self.train.max_grad_norm
+        norm = float(self.accelerator.clip_grad_norm_(self.weights.values(), limit))
+        if math.isfinite(norm) or self.scaler is not None:  # fp16's scaler skips, and learns from it
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def state(self) -> Tensors:
+        """The optimizer's state as a checkpoint holds it, whoever holds it here; every rank calls this."""
+        return optimizer_tensors(self.optimizer)
+
+    def load(self, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
+        """Put weights and the optimizer's state back."""
+        copy_into(self.weights, weights)
+        load_optimizer(self.optimizer, state)
+
+
+class ZeroEngine(Engine):
+    """DeepSpeed ZeRO-2: each rank keeps the optimizer's state of a part of the weights, and steps that part.
+
+    Weights stay in float32 and mixed precision is autocast, as without DeepSpeed, so that results are the same.
+
+    Raises:
+        UserError: for what DeepSpeed cannot do the same way.
+    """
+
+    KEYS = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        unet: nn.Module,
+        weights: Weights,
+        optimizer: torch.optim.Optimizer,
+        config: RunConfig,
+    ) -> None:
+        train = config.train
+        if train.optimizer != "adamw" or train.mixed_precision == "fp16":
+            raise UserError(
+                f"--launch zero2 shards AdamW in float32 or bf16: --train.optimizer {train.optimizer} with "
+                f"--train.mixed_precision {train.mixed_precision} needs --launch ddp"
+            )
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        settings["train_micro_batch_size_per_gpu"] = train.batch_size // accelerator.num_processes
+        settings["gradient_accumulation_steps"] = train.gradient_accumulation_steps
+        settings["gradient_clipping"] = train.max_grad_norm or 0.0
+        settings["zero_force_ds_cpu_optimizer"] = False  # its own CPU Adam needs a C++ compiler; torch's is fused too
+        accelerator.gradient_accumulation_steps = train.gradient_accumulation_steps
+        if train.mixed_precision == "bf16":  # evaluations call the network itself
+            unet.forward = self._autocast(accelerator)(unet.forward)
+        super().__init__(accelerator, unet, weights, optimizer, config)
+        self.zero: Any = self.unet.optimizer
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """ZeRO-2 hands gradients on at each backward pass."""
+        return nullcontext()
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The network does it itself."""
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """DeepSpeed divides by the accumulation steps itself."""
+        self.unet.set_gradient_accumulation_boundary(is_boundary=last)
+        self.unet.backward(loss)
+
+    def update(self) -> float:
+        """DeepSpeed clips and steps.
+
+        Raises:
+            UserError: for a non-finite gradient, which is in the weights already.
+        """
+        self.unet.step()
+        norm = float(self.unet.get_global_grad_norm())
+        if not math.isfinite(norm):
+            raise UserError(
+                "the gradient is not finite, and under DeepSpeed it is in the weights already: go on from the last "
+                "checkpoint with --resume latest, or with --launch ddp, which skips such steps"
+            )
+        return norm
+
+    def state(self) -> Tensors:
+        """The shares put together, named as torch's own AdamW names them."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        states = list(self.zero.optimizer.state.values())
+        if not states or "step" not in states[0]:
+            return {}
+        found: Tensors = {}
+        for index, weight in enumerate(self.weights.values()):
+            found[f"{index}.step"] = torch.as_tensor(states[0]["step"]).detach().cpu().clone()
+            for key in self.KEYS:
+                found[f"{index}.{key}"] = safe_get_full_optimizer_state(weight, key).detach().cpu().clone()
+        return found
+
+    def load(self, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
+        """Every rank takes its share."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        copy_into(self.weights, weights)
+        self.zero.refresh_fp32_params()
+        if not state:
+            return
+        for flat in self.zero.single_partition_of_fp32_groups:
+            zeros = {key: torch.zeros_like(flat) for key in self.KEYS}
+            self.zero.optimizer.state[flat] = {"step": state["0.step"].clone(), **zeros}
+        self.zero._lazy_init_hp_params_optimizer_state()
+        for index, weight in enumerate(self.weights.values()):
+            for key in self.KEYS:
+                safe_set_full_optimizer_state(weight, state[f"{index}.{key}"], key)
+
+    @staticmethod
+    def _autocast(accelerator: Accelerator) -> Any:
+        return torch.autocast(accelerator.device.type, dtype=torch.bfloat16)
+
+
+def uses_deepspeed() -> bool:
+    """Has the launcher asked for DeepSpeed?"""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def build_accelerator(device: torch.device, mixed_precision: str) -> Accelerator:
+    """accelerate as the launcher asks for it.
+
+    Raises:
+        UserError: for a launch that this project cannot keep its promises under.
+    """
+    if not uses_deepspeed():
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            raise UserError("FSDP is not supported yet: launch with ddp or zero2")
+        return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed_precision)
+    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") != "2":
+        raise UserError("of DeepSpeed's stages only ZeRO-2 is supported: launch with ddp or zero2")
+    return Accelerator(mixed_precision="no")
+
+
+def build_engine(
+    accelerator: Accelerator, unet: nn.Module, weights: Weights, optimizer: torch.optim.Optimizer, config: RunConfig
+) -> Engine:
+    """The engine that goes with the accelerator."""
+    kind = ZeroEngine if uses_deepspeed() else Engine
+    return kind(accelerator, unet, weights, optimizer, config)

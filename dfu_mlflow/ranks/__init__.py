@@ -1,0 +1,5 @@
+"""Several processes on one run."""
+
+from dfu_mlflow.ranks.ranks import RankLost, Ranks, is_main_process, joined
+
+__all__ = ["RankLost", "Ranks", "is_main_process", "joined"]

@@ -1,0 +1,175 @@
+"""Many ranks do what one does, to the same figures; and a rank that is missing is named, and soon."""
+
+from __future__ import annotations
+
+import multiprocessing
+import runpy
+import socket
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from dfu_mlflow.config import RunConfig
+from dfu_mlflow.config.load import merge, validate
+
+Change = dict[str, Any]
+STEPS = 20
+
+
+class Launch:
+    """Starts a training run in processes that find the variables a launcher sets, and whose libraries are loaded."""
+
+    def __init__(self, configure: Callable[[Path], RunConfig], folder: Path, ranks: int) -> None:
+        self.folder, self.ranks = folder, ranks
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tree = configure(folder).model_dump(mode="json")
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["dfu_mlflow.pipeline", "mlflow.store.tracking.sqlalchemy_store"])
+
+    def __call__(
+        self, change: Change, environment: Mapping[str, str] | None = None, dies: str = "", after: int = 0
+    ) -> list[int]:
+        """Run to the end; gives back the exit codes. `dies` is the signal that the last rank sends itself in
+        sampling, `after` so many batches."""
+        config = validate(RunConfig, merge(self.tree, change)).model_dump_json()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        processes = []
+        for rank in range(self.ranks):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.ranks)}
+            place |= {"LOCAL_WORLD_SIZE": str(self.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            names = {"CONFIG": config, "FOLDER": str(self.folder), "DIES": dies if rank == self.ranks - 1 else ""}
+            names |= {"AFTER": str(after)}
+            names |= {"ENVIRONMENT": {**place, **(environment or {}), "OMP_NUM_THREADS": "1"} if self.ranks > 1 else {}}
+            child = str(Path(__file__).with_name("ranks_child.py"))
+            processes.append(self.context.Process(target=runpy.run_path, args=(child, names)))
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120 if process is processes[0] else 20)
+            if process.is_alive():  # what a launcher does
+                process.kill()
+                process.join()
+        return [process.exitcode if process.exitcode is not None else -1 for process in processes]
+
+    @property
+    def client(self) -> MlflowClient:
+        """Of the runs' store."""
+        return MlflowClient(f"sqlite:///{self.folder}/mlflow.db")
+
+    def run(self) -> Run:
+        """The only MLflow run."""
+        experiment = self.client.get_experiment_by_name("dfu-mlflow")
+        (run,) = self.client.search_runs([experiment.experiment_id])
+        return run
+
+    def curve(self, key: str) -> list[tuple[int, float]]:
+        """Points of a metric."""
+        return [(point.step, point.value) for point in self.client.get_metric_history(self.run().info.run_id, key)]
+
+
+CHANGE: Change = {
+    "train": {"epochs": 2, "steps_per_epoch": STEPS // 2, "gradient_accumulation_steps": 2},
+    "sampling": {"batch_size": 4},
+    "runtime": {"timeout_s": 30},
+}
+
+
+@pytest.fixture(scope="module")
+def alone(small_config_at: Callable[[Path], RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    """The run of one process that the others are held to."""
+    launch = Launch(small_config_at, tmp_path_factory.mktemp("alone"), 1)
+    assert launch(CHANGE) == [0]
+    return launch
+
+
+def same(one: Launch, other: Launch, key: str, tolerance: float) -> None:
+    """Two runs show one curve."""
+    first, second = one.curve(key), other.curve(key)
+    assert [step for step, _ in first] == [step for step, _ in second]
+    assert [value for _, value in first] == pytest.approx([value for _, value in second], rel=tolerance), key
+
+
+def test_two_ranks_learn_and_measure_what_one_does(
+    small_config_at: Callable[[Path], RunConfig], alone: Launch, tmp_path: Path
+) -> None:
+    pair = Launch(small_config_at, tmp_path / "pair", 2)
+    assert pair(CHANGE) == [0, 0]
+    assert len(pair.curve("step/loss")) == STEPS
+    same(alone, pair, "step/loss", 1e-5)
+    same(alone, pair, "val/loss", 1e-5)
+    for key in ("eval/fd", "eval/kid", "eval/kid_low", "model/displacement"):
+        before, after = alone.curve(key), pair.curve(key)
+        assert before, key
+        assert before[0] == after[0], f"{key}: the untouched base is the same to the bit"
+        same(alone, pair, key, 1e-4)
+    tags = pair.run().data.tags
+    assert tags["draws.rank0"] != tags["draws.rank1"]
+    assert pair.run().data.params["cfg/runtime.num_processes"] == "2"
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(
+    small_config_at: Callable[[Path], RunConfig], alone: Launch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "changed"
+    half = merge(CHANGE, {"train": {"lr_schedule": "constant", "epochs": 1}})
+    whole = merge(half, {"train": {"epochs": 2}, "resume": "latest"})
+    constant = Launch(small_config_at, tmp_path / "constant", 1)
+    assert constant(merge(whole, {"resume": "none"})) == [0]
+    assert Launch(small_config_at, folder, 2)(half) == [0, 0]
+    resumed = Launch(small_config_at, folder, 1)
+    assert resumed(whole) == [0]
+    assert len(resumed.curve("step/loss")) == STEPS
+    same(constant, resumed, "step/loss", 1e-5)
+
+
+def test_a_rank_killed_in_evaluation_ends_the_run_with_its_name(
+    small_config_at: Callable[[Path], RunConfig], tmp_path: Path
+) -> None:
+    pair = Launch(small_config_at, tmp_path / "killed", 2)
+    started = time.monotonic()
+    codes = pair(CHANGE, dies="SIGKILL")
+    assert time.monotonic() - started < 60
+    assert codes == [2, -9]
+    run = pair.run()
+    assert run.info.status == "FAILED"
+    assert "rank 1 of 2 ended without a word" in run.data.tags["exit.reason"]
+
+
+def test_a_rank_that_hangs_in_evaluation_ends_the_run_with_its_name(
+    small_config_at: Callable[[Path], RunConfig], tmp_path: Path
+) -> None:
+    pair = Launch(small_config_at, tmp_path / "stuck", 2)
+    codes = pair(merge(CHANGE, {"runtime": {"timeout_s": 20}}), dies="SIGSTOP")
+    assert codes[0] == 2
+    assert "rank 1 of 2" in pair.run().data.tags["exit.reason"]
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(
+    small_config_at: Callable[[Path], RunConfig], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert Launch(small_config_at, tmp_path / "odd", 2)(merge(CHANGE, {"train": {"batch_size": 3}})) == [2, 2]
+    assert "--train.batch_size 3 cannot be shared equally by 2 processes: take 4" in capfd.readouterr().err
+
+
+def test_zero2_trains_checkpoints_resumes_and_evaluates(
+    small_config_at: Callable[[Path], RunConfig], alone: Launch, tmp_path: Path
+) -> None:
+    environment = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
+        "DS_ACCELERATOR": "cpu",
+    }
+    pair = Launch(small_config_at, tmp_path / "zero", 2)
+    stopped = merge(CHANGE, {"resume": "latest", "checkpoint": {"every_steps": 6}})
+    assert pair(stopped, environment, dies="SIGKILL", after=2) == [2, -9]
+    assert pair(stopped, environment) == [0, 0]
+    same(alone, pair, "step/loss", 1e-5)
+    same(alone, pair, "eval/fd", 1e-4)

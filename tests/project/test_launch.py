@@ -1,0 +1,48 @@
+"""`--launch`: what is typed becomes accelerate's command line; nonsense is told before anything starts."""
+
+from __future__ import annotations
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+from dfu_mlflow.errors import UserError
+from dfu_mlflow.launch import FOLDER, launch_command, launch_names
+
+
+@pytest.mark.parametrize("name", launch_names())
+def test_every_launch_is_a_configuration_that_accelerate_reads(name: str) -> None:
+    found = load_config_from_file(str(FOLDER / f"{name}.yaml"))
+    assert found.mixed_precision == "no", "train.mixed_precision decides"
+    assert found.main_process_port == 0, "two runs on one machine need ports of their own"
+    command = launch_command(name, "3", "cpu")
+    assert command is not None
+    assert command[1:] == [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(FOLDER / f"{name}.yaml"),
+        "--num_processes",
+        "3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("launch", "processes", "message"),
+    [
+        ("ddpp", "2", "--launch ddpp: unknown; none, ddp, zero2 are known"),
+        ("ddp", "one", "--processes one: a whole number from 2"),
+        ("ddp", "1", "--processes 1: a whole number from 2"),
+        ("ddp", "", "--processes 2"),
+        ("none", "2", "--processes 2 needs --launch"),
+    ],
+)
+def test_what_makes_no_sense_is_told(launch: str, processes: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        launch_command(launch, processes, "cpu")
+
+
+def test_a_launched_process_does_not_launch_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert launch_command("ddp", "2", "cpu") is None
+    monkeypatch.delenv("LOCAL_RANK")
+    assert launch_command("none", "", "cpu") is None
