@@ -22,7 +22,7 @@ from dfu_mlflow.errors import Interrupted
 from dfu_mlflow.evaluator import Measurement
 from dfu_mlflow.pipeline import run_training
 from dfu_mlflow.tracking import HEARTBEAT_TAG
-from dfu_mlflow.tracking_store import experiment_id, logged_points, prepare_store
+from dfu_mlflow.tracking_store import logged_points, prepare_store
 from dfu_mlflow.trainer import Score
 from dfu_mlflow.training_run import TrainingResult, TrainingRun
 from registry.diagnose import DiagnoseOptions, build_case, tell_of_run
@@ -108,7 +108,9 @@ class Lab:
         mlflow.set_tracking_uri(f"sqlite:///{self.folder}/mlflow.db")
         prepare_store()
         self.client = MlflowClient()
-        self.experiment = experiment_id("zoo")
+        known = self.client.get_experiment_by_name("zoo")
+        place = (self.folder / "artifacts").as_uri()
+        self.experiment = str(known.experiment_id if known else self.client.create_experiment("zoo", place))
 
     def config(self, seed: int, change: Mapping[str, Any]) -> RunConfig:
         """The small run with some settings changed; a seed is another clinic as well."""

@@ -15,6 +15,7 @@ from dfu_mlflow.config.load import merge, validate
 from dfu_mlflow.diagnosis.case import Case, Life
 from dfu_mlflow.diagnosis.diagnose import diagnose
 from dfu_mlflow.diagnosis.finding import Finding
+from dfu_mlflow.diagnosis.ranking import ranked
 
 Points = Mapping[int, float]
 
@@ -219,6 +220,24 @@ def test_the_founding_run_is_taken_apart_in_order(sound: Case) -> None:
 def test_two_faults_are_both_named(sound: Case) -> None:
     both = case({"ema/coverage": epochs(0.03)}, data__resolution_px=16, ema__warmup=False)(sound)
     assert {finding.id for finding in diagnose(both, "cheap").findings[:3]} >= {"ema_lag", "resolution_off_native"}
+
+
+def test_a_sure_cause_stands_before_a_surer_consequence() -> None:
+    """Wrong embeddings before the average that lags, though its coverage is the surer figure."""
+    lag, wrong = (
+        Finding(name, "blocker", sure, {}, "", {}) for name, sure in (("ema_lag", 0.95), ("text_mismatch", 0.85))
+    )
+    doubtful = Finding("nonfinite", "blocker", 0.6, {}, "", {})
+    assert ranked([doubtful, lag, wrong]) == [wrong, lag, doubtful]
+
+
+def test_a_run_that_ended_before_its_first_update_is_not_accused_of_standing_still(sound: Case) -> None:
+    """Memory ran out when the untouched base was evaluated: nothing had moved, and nothing could have."""
+    reason = "RuntimeError: DefaultCPUAllocator: can't allocate memory"
+    early = case({"model/displacement": {0: 0.0}, "step/loss": {0: 0.0}, "epoch": {}}, {"exit.reason": reason})(sound)
+    diagnosis = diagnose(early, "cheap")
+    assert diagnosis.findings[0].id == "eval_oom"
+    assert diagnosis.unable["weights_not_moving"] == "no update has been made yet"
 
 
 def test_a_short_run_is_not_accused_of_a_dead_term(sound: Case) -> None:

@@ -29,7 +29,7 @@ class EvalOom(Check):
         batch = int(case.settings.get("sampling.batch_size", 2))
         evidence = {
             "exit_reason": Figure(reason[:300]),
-            "last_step": Figure(float(max(case.curves.get("step/loss", {0: 0.0})))),
+            "last_step": Figure(float(max(case.curves.get("step/loss") or {0: 0.0}))),
             "while": Figure("evaluating" if evaluating else "training"),
             "sampling_batch_size": Figure(float(batch)),
         }

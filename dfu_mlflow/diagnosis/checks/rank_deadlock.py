@@ -59,8 +59,8 @@ def at_evaluation(case: Case) -> bool:
     per_epoch = case.settings.get("train.steps_per_epoch")
     if not per_epoch:
         return False
-    steps = max(case.curves.get("step/loss", {0: 0.0}))
-    evaluated = max(case.curves.get("epoch", {-1: 0.0}))
+    steps = max(case.curves.get("step/loss") or {0: 0.0})
+    evaluated = max(case.curves.get("epoch") or {-1: 0.0})
     # Steps are logged every few: one within a logging interval of the end counts as the last.
     slack = int(case.settings.get("tracking.log_every_steps", 1))
     return round((steps + slack - 1) // int(per_epoch)) > evaluated
