@@ -7,6 +7,7 @@ import runpy
 import signal
 import time
 from collections.abc import Sequence
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def test_a_trial_that_was_given_up_and_not_queued_again_is_not_lost(study: optun
 def test_a_larger_budget_is_another_ending_and_a_smaller_one_is_none(study: optuna.Study) -> None:
     storage, concluded = study._storage._backend, list[int]()  # type: ignore[attr-defined]
     for budget in (3, 3, 2, 5):
-        end_once(study, storage, budget, lambda budget=budget: concluded.append(budget), lambda: None)  # type: ignore[misc]
+        end_once(study, storage, budget, partial(concluded.append, budget), lambda: None)
     assert concluded == [3, 5]
 
 

@@ -72,7 +72,7 @@ def test_the_winner_becomes_the_default_of_a_new_version_of_the_same_weights(
     study, client = searched[0], MlflowClient()
     winner, source = best_trials(study)[0], client.get_model_version("dfu-sampler", "1")
     version = client.get_model_version_by_alias("dfu-sampler", "challenger")
-    assert (version.version, version.run_id) == ("2", source.run_id)
+    assert (int(version.version), version.run_id) == (2, source.run_id)
     assert version.tags["tuned_from"] == "dfu-sampler/1"
     assert version.tags["optuna.study"] == "dfu-sampling"
     assert version.tags["study.run_id"] == study.user_attrs["mlflow_run_id"]
