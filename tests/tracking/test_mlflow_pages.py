@@ -64,7 +64,7 @@ class Tracked:
     runs: tuple[str, ...]
 
 
-def three_runs(folder: Path, config: RunConfig) -> tuple[str, ...]:
+def three_runs(config: RunConfig) -> tuple[str, ...]:
     ids = []
     for (name, change), colour in zip(RUNS.items(), COLOURS, strict=True):
         tree = merge(config.model_dump(mode="json"), SHOWN if SCREENSHOTS else {})
@@ -85,7 +85,7 @@ def tracked(
         for variable in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
             patch.delenv(variable, raising=False)
         mlflow.set_tracking_uri(store)
-        runs = three_runs(folder, small_config_at(folder))
+        runs = three_runs(small_config_at(folder))
         experiment = MlflowClient().get_run(runs[0]).info.experiment_id
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
