@@ -8,7 +8,8 @@ from rich.table import Table as TerminalTable
 from rich.text import Text
 
 from dfu_mlflow.diagnosis.diagnose import Diagnosis
-from dfu_mlflow.diagnosis.finding import Figure, Finding, Healthy
+from dfu_mlflow.diagnosis.finding import CannotRun, Figure, Finding, Healthy
+from dfu_mlflow.diagnosis.prior_reliance import RELIANCE
 from dfu_mlflow.report.document import Report, Section, Table
 from dfu_mlflow.report.figures import number
 
@@ -47,6 +48,8 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> Non
         console.print("Nothing found.")
     healthy = [name for name, each in diagnosis.outcomes.items() if isinstance(each, Healthy)]
     console.print(Text(f"looked at and found sound: {', '.join(healthy) or 'nothing'}"))
+    if told := prior_sentence(diagnosis):
+        console.print(Text(told))
     for check, reason in diagnosis.unable.items():
         console.print(Text(f"{check}: could not look, {reason}", "dim"))
 
@@ -78,7 +81,31 @@ def diagnosis_report(name: str, diagnosis: Diagnosis) -> Report:
 def summary(diagnosis: Diagnosis) -> tuple[str, ...]:
     """One sentence a finding above a note, or that there is none."""
     grave = [f"{each.id}: {each.explanation}" for each in diagnosis.findings if each.severity != "note"]
-    return tuple(grave) or ("Nothing above a note was found.",)
+    told = prior_sentence(diagnosis)
+    return (*(grave or ["Nothing above a note was found."]), *([told] if told else []))
+
+
+def prior_sentence(diagnosis: Diagnosis) -> str:
+    """How much the pictures come from the prompt and the base, how little from the data; empty where not measured."""
+    told = prior_figures(diagnosis)
+    if not told:
+        return ""
+    value, low, high = (number(told[f"{RELIANCE}{end}"]) for end in ("", "_low", "_high"))
+    return (
+        f"prior reliance {value} [{low}, {high}]: the share of the way from the base's pictures to the photographs "
+        "that the run's pictures have not gone."
+    )
+
+
+def prior_figures(diagnosis: Diagnosis) -> dict[str, float]:
+    """Prior reliance with the ends of its interval, empty where it was not measured."""
+    outcome = diagnosis.outcomes.get("prompt_prior")
+    evidence = {} if outcome is None or isinstance(outcome, CannotRun) else outcome.evidence
+    return {
+        name: figure.value
+        for name, figure in evidence.items()
+        if name.startswith(RELIANCE) and not isinstance(figure.value, str)
+    }
 
 
 def finding_tags(diagnosis: Diagnosis) -> dict[str, str]:
@@ -86,6 +113,7 @@ def finding_tags(diagnosis: Diagnosis) -> dict[str, str]:
     longer finds anything says so."""
     tags = {f"finding.{name}": "sound" for name, each in diagnosis.outcomes.items() if isinstance(each, Healthy)}
     tags |= {f"finding.{each.id}": each.severity for each in diagnosis.findings}
+    tags |= {name: f"{value:.4g}" for name, value in prior_figures(diagnosis).items()}
     first = diagnosis.findings[0].id if diagnosis.findings else "none"
     return tags | {"finding.first": first, BUDGET_TAG: diagnosis.budget}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from pathlib import Path
 
 from transformers import CLIPTokenizer
@@ -13,7 +14,7 @@ from dfu_mlflow.diagnosis.case import Case
 from dfu_mlflow.diagnosis.check import Check
 from dfu_mlflow.diagnosis.finding import Figure, Finding, Healthy
 from dfu_mlflow.diagnosis.lacking import Lacking
-from dfu_mlflow.diagnosis.prior_reliance import PriorReliance, prior_reliance
+from dfu_mlflow.diagnosis.prior_reliance import RELIANCE, PriorReliance, prior_reliance
 from dfu_mlflow.diagnosis.prompt_linter import LIMIT, LONG, Lint, lint
 
 STYLED = 3
@@ -97,6 +98,10 @@ def _figures(measured: PriorReliance) -> dict[str, Figure]:
     figures["conditional_pull"] = Figure(measured.pull, f"about {measured.pull_short:.3g}, the shortest prompts'")
     if measured.moved is not None:
         figures["moved_from_base"] = Figure(measured.moved, "near 1: as far as the photographs are")
+    if measured.reliance is not None:
+        value, low, high = astuple(measured.reliance)
+        figures[RELIANCE] = Figure(value, "near 0; 1 is the untouched base")
+        figures |= {f"{RELIANCE}_low": Figure(low), f"{RELIANCE}_high": Figure(high)}
     for word, pull in list(measured.words.items())[:3]:
         figures[f"pull_of.{word}"] = Figure(pull)
     return figures
