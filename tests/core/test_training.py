@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -19,7 +20,8 @@ from dfu_mlflow.errors import Interrupted, UserError
 from dfu_mlflow.optimizers import build_optimizer
 from dfu_mlflow.perceptual import gradient_shares
 from dfu_mlflow.pipeline import build_parts
-from dfu_mlflow.preparation import Material, prepare, read_source
+from dfu_mlflow.preparation import Material, prepare, read_source, sampling_settings
+from dfu_mlflow.sampling import Sampler
 from dfu_mlflow.trainer import Hooks, Trainer
 
 Change = dict[str, Any]
@@ -70,6 +72,16 @@ def test_micro_batches_equal_the_full_batch(small_config: RunConfig, tmp_path: P
     worst = max(float((a - b).abs().max()) for a, b in zip(clones(full).values(), clones(micro).values(), strict=True))
     # Adam turns a rounding difference of the gradient near zero into a difference of at most the step size.
     assert worst < 2e-5
+
+
+def test_text_encoders_are_given_up_and_pictures_stay_the_same(small_config: RunConfig) -> None:
+    material = prepare(small_config, read_source(small_config))
+    sampler = Sampler(material.pipe, material.conditioner, sampling_settings(small_config, material.train), 2)
+    before = sampler.generate(torch.tensor([0, 2]), [1, 2])
+    build_parts(small_config, material)
+    assert material.pipe.text_encoder is None
+    assert material.pipe.text_encoder_2 is None
+    assert np.array_equal(sampler.generate(torch.tensor([0, 2]), [1, 2]), before)
 
 
 def test_one_batch_overfits(small_config: RunConfig, tmp_path: Path) -> None:
