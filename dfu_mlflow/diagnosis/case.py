@@ -94,17 +94,16 @@ class Case:
         raise Lacking("neither curves nor configuration say how many updates were made")
 
     def ranks(self) -> int:
-        """Processes that trained together: as configured, else as many as told their draws; a run of this project that
-        tells neither had one.
+        """Processes that trained together: as configured, or as many as told their draws, whichever is more.
 
         Raises:
             Lacking: where nothing tells.
         """
-        if "runtime.num_processes" in self.settings:
-            return int(self.settings["runtime.num_processes"])
         told = sum(name.startswith(DRAWS) for name in self.tags)
-        if told or "seed" in self.settings:
-            return max(1, told)
+        if "runtime.num_processes" in self.settings:
+            return max(int(self.settings["runtime.num_processes"]), told)
+        if told:
+            return told
         raise Lacking("neither draws by rank nor the number of processes are known")
 
     def ready(self) -> Bench:

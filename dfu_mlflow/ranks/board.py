@@ -10,6 +10,7 @@ import json
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +72,8 @@ class Board:
 
     def leave(self, kind: str, message: str) -> None:
         """Say why this rank ends; the first word counts."""
-        self._store.set(f"left/{self.index}", json.dumps({"kind": kind, "message": message}))
+        with suppress(RuntimeError):  # without a launcher the store dies with rank 0, which has told by then
+            self._store.set(f"left/{self.index}", json.dumps({"kind": kind, "message": message}))
 
     def left(self) -> tuple[int, dict[str, str]] | None:
         """A rank that has said why it ends, with `kind` and `message`."""
