@@ -152,7 +152,10 @@ class Ranks:
         except (RuntimeError, Interrupted) as error:
             if self._board is None or (isinstance(error, RuntimeError) and _is_own(error)):
                 raise
-            self._explain(error)
+            try:
+                self._explain(error)
+            except dist.DistNetworkError:  # without a launcher the store dies with rank 0
+                raise RankLost(f"{self._named([0])} has ended, see its own message") from error
 
     def _explain(self, error: Exception) -> NoReturn:
         assert self._board is not None
