@@ -77,8 +77,8 @@ def metric_sees(change: Callable[[np.ndarray], np.ndarray]) -> Patch:
     """Pictures changed between sampler and features."""
     sound = evaluator.extract
 
-    def fed(panels: Any, drawn: Drawn) -> tuple[torch.Tensor, ...]:
-        return sound(panels, replace(drawn, images=change(drawn.images)))
+    def fed(panels: Any, drawn: Drawn, *rest: Any) -> tuple[torch.Tensor, ...]:
+        return sound(panels, replace(drawn, images=change(drawn.images)), *rest)
 
     return in_place_of(evaluator, "extract", lambda: fed)
 

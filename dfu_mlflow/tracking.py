@@ -24,6 +24,7 @@ from mlflow.exceptions import MlflowException
 
 from dfu_mlflow import tracking_store
 from dfu_mlflow.config import RunConfig, flatten
+from dfu_mlflow.data.sources import CAMERA_SUFFIXES, IMAGE_SUFFIXES
 from dfu_mlflow.errors import Interrupted, Pruned, UserError
 
 BATCH_ITEMS = 100
@@ -45,7 +46,9 @@ HEARTBEAT_TAG = "heartbeat"
 NONFINITE_TAG = "metrics.nonfinite_skipped"
 CHANGED_TAG = "cfg.changed_on_resume"
 
-IMAGE_FILE = re.compile(r"[^\s/\\,;\[\]()'\"]+\.(?:png|jpe?g|tiff?|bmp|webp|dcm)\b", re.IGNORECASE)
+_SUFFIXES = "|".join(sorted((suffix[1:] for suffix in IMAGE_SUFFIXES | CAMERA_SUFFIXES), key=len, reverse=True))
+IMAGE_FILE = re.compile(rf"(?:(?<=[/\\])[^/\\,;\[\]()'\"\n]+?|[^\s/\\,;\[\]()'\"]+)\.(?:{_SUFFIXES})\b", re.IGNORECASE)
+"""Names of image files, behind a path's separator with blanks in them."""
 
 logger = logging.getLogger(__name__)
 

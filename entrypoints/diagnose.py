@@ -24,9 +24,9 @@ def main(arguments: Sequence[str]) -> int:
     from registry.diagnose import DiagnoseOptions, run_diagnosis
 
     config = options.pop("config")
-    diagnosis, folder = run_diagnosis(load(DiagnoseOptions, None, _given(options)), config or None, flags)
+    diagnosis, written = run_diagnosis(load(DiagnoseOptions, None, _given(options)), config or None, flags)
     print_diagnosis(diagnosis)
-    print(f"written: {folder / 'findings.json'} and {folder / 'report.html'}")
+    print(f"written: {' and '.join(map(str, written))}")
     return 0
 
 
@@ -35,7 +35,9 @@ def compare(flags: Sequence[str]) -> int:
     from dfu_mlflow.diagnosis.shared_report import print_comparison
     from registry.compare_runs import CompareOptions, compare_runs
 
-    _, rest = entry.split(flags, {"run": ""})  # `mlflow run` passes it empty
+    one, rest = entry.split(flags, {"run": ""})  # `mlflow run` passes it empty
+    if one["run"]:
+        raise UserError("--run and --runs: give one of them")
     comparison, written = compare_runs(load(CompareOptions, None, rest))
     print_comparison(comparison)
     print(f"written: {', '.join(map(str, written))}")

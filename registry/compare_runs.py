@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 from mlflow import MlflowClient
@@ -18,11 +18,14 @@ from dfu_mlflow.config.section import Section
 from dfu_mlflow.config.study import Plan
 from dfu_mlflow.diagnosis.shared_causes import Attempt, Comparison, shared_causes
 from dfu_mlflow.diagnosis.shared_report import comparison_report
-from dfu_mlflow.errors import UserError
+from dfu_mlflow.errors import ConfigError, UserError
 from dfu_mlflow.report.render import render
 from dfu_mlflow.verdict import larger_is_better
 from registry.source import RUN_ID, run_configuration
 
+MADE_BY_TRAIN = "cfg/train.epochs"
+EVALUATED = "evaluated"
+"""Parameters that tell a training from an evaluation of one."""
 FINDING_TAG = re.compile(r"finding\.(?!first$)(.+)")
 MOST_RUNS = 1000
 
@@ -51,19 +54,20 @@ def compare_runs(options: CompareOptions) -> tuple[Comparison, list[Path]]:
         UserError: for runs that are not there, or cannot be compared.
     """
     found = find_runs(options)
-    configured = [(run, configuration) for run in found if (configuration := run_configuration(run.info.run_id))]
-    attempts = {run.info.run_id: attempt(run, configuration, options) for run, configuration in configured}
+    trained, notes = trainings(found)
+    attempts = {run.info.run_id: attempt(run, config, options) for run, config in trained}
     if attempts and all(each.value is None for each in attempts.values()):
         raise UserError(f"--outcome {options.outcome}: none of {len(attempts)} runs has it: known are {_known(found)}")
     comparison = shared_causes(list(attempts.values()))
+    comparison = replace(comparison, notes=(*comparison.notes, *notes))
     folder = options.output_dir
     folder.mkdir(parents=True, exist_ok=True)
     written = {"shared_causes.json": comparison.document(), "report.html": render(comparison_report(comparison))}
     best = next(run for run in attempts if attempts[run] is comparison.attempts[0])
     plans = [cause.plan() for cause in comparison.causes if cause.confounded]
     if plans:
-        configuration = next(tree for run, tree in configured if run.info.run_id == best)
-        written["best_run.yaml"] = dump_yaml(validate(RunConfig, {**configuration, "output_dir": "outputs/separate"}))
+        config = next(config for run, config in trained if run.info.run_id == best)
+        written["best_run.yaml"] = dump_yaml(config.model_copy(update={"output_dir": Path("outputs/separate")}))
     for position, plan in enumerate(plans, start=1):
         validate(Plan, plan)
         written[f"separate_{position}.yaml"] = yaml.safe_dump(plan, sort_keys=False, allow_unicode=True, width=100)
@@ -95,16 +99,41 @@ def find_runs(options: CompareOptions) -> list[Run]:
         raise UserError(f"--runs {options.runs} cannot be had: {str(error).splitlines()[0]}") from None
 
 
-def attempt(run: Run, configuration: dict[str, Any], options: CompareOptions) -> Attempt:
-    """A run as the comparison takes it; outcomes are turned so that larger is better."""
+def trainings(runs: Sequence[Run]) -> tuple[list[tuple[Run, RunConfig]], list[str]]:
+    """Runs of `train` (and of trials) that have ended, with their configurations; and what was left out, in words.
+
+    An evaluation repeats the settings and figures of the run it speaks of, and the run of a whole study has no figure.
+    """
+    kept: list[tuple[Run, RunConfig]] = []
+    unknown = running = 0
+    for run in runs:
+        if MADE_BY_TRAIN not in run.data.params or EVALUATED in run.data.params:
+            continue
+        if run.info.status == "RUNNING":
+            running += 1
+            continue
+        try:
+            kept.append((run, validate(RunConfig, run_configuration(run.info.run_id) or {"no": "configuration"})))
+        except ConfigError:
+            unknown += 1
+    notes = [f"{running} runs are still RUNNING and left out"] if running else []
+    if unknown:
+        notes.append(f"{unknown} runs hold no configuration of this version and are left out")
+    return kept, notes
+
+
+def attempt(run: Run, config: RunConfig, options: CompareOptions) -> Attempt:
+    """A run as the comparison takes it, at its best epoch; outcomes are turned so that larger is better."""
     sign = 1.0 if larger_is_better(options.outcome) else -1.0
     group = "eval_ema" if run.data.tags.get("best.weights") == "ema" else "eval"
-    figure = run.data.metrics.get(f"{group}/{options.outcome}")
+    name = f"{group}/{options.outcome}"
+    points = {point.step: point.value for point in MlflowClient().get_metric_history(run.info.run_id, name)}
+    best = int(run.data.tags.get("best.epoch", -1))
+    figure = points.get(best, points[max(points)] if points else None)
     value = None if figure is None or run.info.status == "FAILED" else sign * figure
     findings = {match[1]: text for tag, text in run.data.tags.items() if (match := FINDING_TAG.fullmatch(tag))}
-    name = f"{run.info.run_name} ({run.info.run_id[:8]})"
     fails = value is None or value < sign * options.failing
-    return Attempt(name, flatten(validate(RunConfig, configuration)), findings, value, fails)
+    return Attempt(f"{run.info.run_name} ({run.info.run_id[:8]})", flatten(config), findings, value, fails)
 
 
 def _known(runs: Sequence[Run]) -> str:

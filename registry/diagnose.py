@@ -80,11 +80,13 @@ class Told:
     notes: tuple[str, ...] = ()
 
 
-def run_diagnosis(options: DiagnoseOptions, config_name: str | None, flags: Sequence[str]) -> tuple[Diagnosis, Path]:
+def run_diagnosis(
+    options: DiagnoseOptions, config_name: str | None, flags: Sequence[str]
+) -> tuple[Diagnosis, list[Path]]:
     """Gather, examine, and write `findings.json` and `report.html`; tag the run if it is one of ours.
 
     Returns:
-        The diagnosis and the folder it was written to.
+        The diagnosis and the files it was written to.
 
     Raises:
         UserError: for input that cannot be worked with.
@@ -101,8 +103,7 @@ def run_diagnosis(options: DiagnoseOptions, config_name: str | None, flags: Sequ
     case = build_case(options, told, stated)
     diagnosis = diagnose(case, options.budget)
     folder = output_dir / (options.run.removeprefix("runs:/")[:8] or Path(case.name).name)
-    _write(case.name, diagnosis, options, folder)
-    return diagnosis, folder
+    return diagnosis, _write(case.name, diagnosis, options, folder)
 
 
 def tell_of_run(run: str) -> Told:
@@ -247,7 +248,7 @@ def _states(stated: Mapping[str, Any], key: str) -> bool:
     return True
 
 
-def _write(name: str, diagnosis: Diagnosis, options: DiagnoseOptions, folder: Path) -> None:
+def _write(name: str, diagnosis: Diagnosis, options: DiagnoseOptions, folder: Path) -> list[Path]:
     """Into a folder, and for a run of ours into its artifacts and tags as well; full findings are never replaced by
     cheap ones."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -258,10 +259,11 @@ def _write(name: str, diagnosis: Diagnosis, options: DiagnoseOptions, folder: Pa
     budget = folder / BUDGET_FILE
     before = budget.read_text(encoding="utf-8").strip() if budget.is_file() else None
     place = findings_file(diagnosis.budget, before)
-    (folder / place).write_text(findings, encoding="utf-8")
+    written = {place: findings, **({"report.html": html} if place == FINDINGS else {})}
+    for file, text in written.items():
+        (folder / file).write_text(text, encoding="utf-8")
     if place == FINDINGS:
         budget.write_text(f"{diagnosis.budget}\n", encoding="utf-8")
-        (folder / "report.html").write_text(html, encoding="utf-8")
     if options.run:
         client, run_id = MlflowClient(), options.run.removeprefix("runs:/")
         place = findings_file(diagnosis.budget, client.get_run(run_id).data.tags.get(BUDGET_TAG))
@@ -270,3 +272,4 @@ def _write(name: str, diagnosis: Diagnosis, options: DiagnoseOptions, folder: Pa
             client.log_text(run_id, html, "diagnosis.html")
             for key, value in finding_tags(diagnosis).items():
                 client.set_tag(run_id, key, value)
+    return [folder / file for file in written]

@@ -6,8 +6,8 @@ Conditional pull is the size of what the caption changes, ||e(c) - e(0)|| / ||e(
 multiplies.
 
 Prior reliance is the share of the way from the base's pictures to the photographs that the run's pictures have not
-gone, between means of features: 1 for the untouched base at equal seeds, 0 for pictures whose mean lies where the
-photographs' does.
+gone, between means of features, classes counting alike: 1 for the untouched base at equal seeds, 0 for pictures whose
+mean lies where the photographs' does.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from dfu_mlflow.conditioning import Conditioner
 from dfu_mlflow.config.prompts import MINIMAL
 from dfu_mlflow.diagnosis.bench import Bench
+from dfu_mlflow.diagnosis.lacking import Lacking
 from dfu_mlflow.diagnosis.prompt_linter import Lint, lint
 from dfu_mlflow.objective import Objective, predict
 from dfu_mlflow.types import Conditioning, Estimate
@@ -41,6 +42,24 @@ class Difference:
     value: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Features to compare, float64.
+
+    Attributes:
+        pairs: of the base's and the run's pictures at equal seeds, beside each other [N, 2 D].
+        ids: classes of the pictures [N].
+        real: of held-out photographs [M, D].
+        real_ids, patients: their classes and patients [M].
+    """
+
+    pairs: torch.Tensor
+    ids: torch.Tensor
+    real: torch.Tensor
+    real_ids: torch.Tensor
+    patients: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -85,8 +104,8 @@ def prior_reliance(bench: Bench) -> PriorReliance:
         over_empty=_difference(losses["own"], losses["empty"], scale),
         pull=conditional_pull(bench, told),
         pull_short=conditional_pull(bench, brief),
-        moved=None if drawn is None else moved_from_base(*drawn),
-        reliance=None if drawn is None else reliance(*drawn, bench.config.evaluation.seed),
+        moved=None if drawn is None else moved_from_base(drawn),
+        reliance=None if drawn is None else reliance(drawn, bench.config.evaluation.seed),
         words=word_pulls(bench, max(prompts.values(), key=len)),
     )
 
@@ -149,40 +168,75 @@ def _difference(one: torch.Tensor, other: torch.Tensor, scale: float) -> Differe
     return Difference(mean, mean - half, mean + half)
 
 
-def _drawn(bench: Bench) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Features of the base's pictures, of the run's at the same seeds, and of held-out photographs."""
-    _, before = bench.draw(bench.base_sampler(), PAIRS)
+def _drawn(bench: Bench) -> Drawn:
+    """The base's pictures, the run's at the same seeds, and held-out photographs."""
+    ids, before = bench.draw(bench.base_sampler(), PAIRS)
     _, now = bench.draw(bench.sampler(bench.shown), PAIRS)
     one, other = (bench.extractor(torch.from_numpy(images)) for images in (before, now))
-    return one, other, bench.photograph_features
+    records = bench.material.source.split.held_out
+    patients = sorted({record.patient for record in records})
+    return Drawn(
+        torch.cat([one, other], dim=1),
+        ids,
+        bench.photograph_features,
+        torch.tensor([bench.classes.index(record.label) for record in records]),
+        torch.tensor([patients.index(record.patient) for record in records]),
+    )
 
 
-def moved_from_base(before: torch.Tensor, now: torch.Tensor, real: torch.Tensor) -> float:
-    """Mean distance of pairs [N, D], [N, D] over the mean distance of photographs [M, D] to the base's pictures."""
-    return float((now - before).norm(dim=1).mean() / torch.cdist(real, before).mean())
+def moved_from_base(drawn: Drawn) -> float:
+    """Mean distance between pairs over the mean distance of photographs to the base's pictures."""
+    before, now = drawn.pairs.chunk(2, dim=1)
+    return float((now - before).norm(dim=1).mean() / torch.cdist(drawn.real, before).mean())
 
 
-def reliance(before: torch.Tensor, now: torch.Tensor, real: torch.Tensor, seed: int) -> Estimate:
-    """1 - <now - before, real - before> / |real - before|^2 of means, from features [N, D], [N, D] (pairs), [M, D].
+def reliance(drawn: Drawn, seed: int) -> Estimate:
+    """1 - <now - before, real - before> / |real - before|^2 of means over classes.
 
-    The two sides of each product come from different halves of the rows, or their common noise would add to both. The
-    interval is the bootstrap's (percentiles), a wide one: it held the truth in 199 of 200 simulations.
+    The two sides of each product come from different halves of seeds and patients, or their common noise would add to
+    both. The interval is the bootstrap's over seeds and patients (percentiles), a wide one.
+
+    Raises:
+        Lacking: for a class with a single held-out patient.
     """
     source = torch.Generator().manual_seed(seed)
-    sides = []
-    for half in (0, 1):
-        pairs, photographs = _shares(len(before[half::2]), source), _shares(len(real[half::2]), source)
-        start = pairs @ before[half::2]
-        sides.append((pairs @ now[half::2] - start, photographs @ real[half::2] - start))
-    (gone, way), (other_gone, other_way) = sides
+    seeds = torch.arange(len(drawn.ids))
+    pairs = _halves(drawn.pairs, drawn.ids, seeds, source)
+    photographs = _halves(drawn.real, drawn.real_ids, drawn.patients, source)
+    (gone, way), (other_gone, other_way) = (
+        (now - before, real - before)
+        for (before, now), real in zip((pair.chunk(2, dim=1) for pair in pairs), photographs, strict=True)
+    )
     products = (gone * other_way).sum(dim=1) + (other_gone * way).sum(dim=1)
     values = 1 - products / (2 * (way * other_way).sum(dim=1))
     low, high = (float(values[1:].quantile(level)) for level in (0.025, 0.975))
     return Estimate(float(values[0]), low, high)
 
 
-def _shares(count: int, source: torch.Generator) -> torch.Tensor:
-    """Weights of rows [1 + DRAWS, count]: all alike first, then as often as each was drawn."""
+def _halves(
+    rows: torch.Tensor, ids: torch.Tensor, clusters: torch.Tensor, source: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means over classes [1 + DRAWS, D] of two halves of the clusters: as they are first, then of resampled ones."""
+    side: dict[int, int] = {}
+    sums = [torch.zeros(1 + DRAWS, rows.shape[1], dtype=torch.float64) for _ in range(2)]
+    classes = ids.unique().tolist()
+    for class_id in classes:
+        own = clusters[ids == class_id].unique().tolist()
+        for position, cluster in enumerate(own):
+            side.setdefault(cluster, position % 2)
+        for half in range(2):
+            members = torch.tensor([cluster for cluster in own if side[cluster] == half])
+            if not len(members):
+                raise Lacking("prior reliance takes two held-out patients of each class")
+            chosen = (ids == class_id) & torch.isin(clusters, members)
+            place = torch.searchsorted(members, clusters[chosen])
+            weights = _times_drawn(len(members), source)[:, place]
+            sums[half] += (weights / weights.sum(dim=1, keepdim=True)) @ rows[chosen] / len(classes)
+    return sums[0], sums[1]
+
+
+def _times_drawn(count: int, source: torch.Generator) -> torch.Tensor:
+    """How often each of `count` is drawn [1 + DRAWS, count]: once each first, then with replacement."""
     picks = torch.randint(count, (DRAWS, count), generator=source)
     drawn = torch.zeros(DRAWS, count, dtype=torch.float64).scatter_add_(1, picks, torch.ones_like(picks).double())
-    return torch.cat([torch.ones(1, count, dtype=torch.float64), drawn]) / count
+    return torch.cat([torch.ones(1, count, dtype=torch.float64), drawn])

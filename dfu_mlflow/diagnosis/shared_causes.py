@@ -27,8 +27,15 @@ Mask = npt.NDArray[np.bool_]
 SHUFFLES = 9_999
 LEAST_RUNS = 4
 """Of three runs every trait parts them as well as any other."""
-NO_CAUSE = ("output_dir", "resume", "tracking.", "registry.", "tune.", "gates.", "evaluation.", "metrics.", "utility.")
+# fmt: off
+NO_CAUSE = (
+    "output_dir", "resume", "device", "data.cache_dir", "checkpoint.", "runtime.", "tracking.", "registry.", "tune.",
+    "gates.", "evaluation.", "metrics.", "memorisation.", "utility.",
+)
+# fmt: on
 """Settings that change no weight and no picture."""
+CHANCE = ("seed", "data.phantom.")
+"""Settings that no plan varies as a factor: what is drawn."""
 FEATURES = ("prompts", "ema", "adapter", "loss.perceptual_loss")
 """Sections whose settings make sense together only: one factor of a study each."""
 
@@ -98,9 +105,9 @@ class SharedCause:
         """Name of a factor -> its settings."""
         found: dict[str, list[Trait]] = {}
         for trait in self.traits:
-            if trait.is_setting:
+            if trait.is_setting and not trait.key.startswith(CHANCE):
                 section = next((name for name in FEATURES if trait.key.startswith(f"{name}.")), trait.key)
-                found.setdefault(section.rpartition(".")[2], []).append(trait)
+                found.setdefault(section, []).append(trait)
         return found
 
     def plan(self) -> dict[str, Any]:
@@ -113,9 +120,8 @@ class SharedCause:
             }
             for name, traits in self.factors().items()
         }
-        fraction = "half" if len(factors) > 3 else "full"
         description = f"{names} always changed together in the runs compared; this separates them."
-        return {"description": description, "factors": factors, "fraction": fraction}
+        return {"description": description, "factors": factors}
 
 
 @dataclass(frozen=True)

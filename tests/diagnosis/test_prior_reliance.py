@@ -2,41 +2,67 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from dfu_mlflow.diagnosis.prior_reliance import reliance
-from dfu_mlflow.types import Estimate
+from dfu_mlflow.diagnosis.lacking import Lacking
+from dfu_mlflow.diagnosis.prior_reliance import Drawn, reliance
 
 WIDTH = 200
 
 
-def measured(gone: float, seed: int) -> Estimate:
-    """24 pictures that went the share `gone` of the way to 60 photographs, each with scatter of its own."""
+def drawn(gone: float, seed: int, classes: int = 2, apart: float = 0.0) -> Drawn:
+    """24 pictures that went the share `gone` of the way to 60 photographs of 20 patients, three a patient.
+
+    Classes differ by `apart`; the first one has most of the photographs.
+    """
     source = torch.Generator().manual_seed(seed)
-    way = torch.ones(WIDTH, dtype=torch.float64) * 0.3
-    before = torch.randn(24, WIDTH, generator=source, dtype=torch.float64)
-    now = before + gone * way + 0.5 * torch.randn(24, WIDTH, generator=source, dtype=torch.float64)
-    real = way + torch.randn(60, WIDTH, generator=source, dtype=torch.float64)
-    return reliance(before, now, real, seed)
+
+    def noise(count: int) -> torch.Tensor:
+        return torch.randn(count, WIDTH, generator=source, dtype=torch.float64)
+
+    way = torch.full((WIDTH,), 0.3, dtype=torch.float64)
+    middles = apart * noise(classes)
+    ids = torch.arange(24) % classes
+    before = noise(24)
+    now = before + gone * (way + middles[ids]) + 0.5 * noise(24)
+    patients = torch.arange(20).repeat_interleave(3)
+    real_ids = torch.where(patients < 20 - 4 * (classes - 1), 0, 1 + (patients - (20 - 4 * (classes - 1))) // 4)
+    real = way + middles[real_ids] + 0.5 * noise(20)[patients] + noise(60)
+    return Drawn(torch.cat([before, now], dim=1), ids, real, real_ids, patients)
 
 
 def test_an_untouched_base_relies_on_its_prior_alone() -> None:
-    source = torch.Generator().manual_seed(0)
-    before, real = torch.randn(24, 8, generator=source).double(), 3 + torch.randn(40, 8, generator=source).double()
-    assert reliance(before, before, real, 0) == Estimate(1.0, 1.0, 1.0)
+    found = reliance(drawn(0.0, 0), 0)
+    assert found.value == pytest.approx(1.0, abs=0.1)
+    still = drawn(0.0, 0)
+    before, _ = still.pairs.chunk(2, dim=1)
+    same = Drawn(torch.cat([before, before], dim=1), still.ids, still.real, still.real_ids, still.patients)
+    assert (reliance(same, 0).value, reliance(same, 0).low, reliance(same, 0).high) == (1.0, 1.0, 1.0)
 
 
 def test_the_planted_share_is_found_without_bias_and_inside_the_interval() -> None:
-    """Without the halves the noise of the means would lengthen the way, and show 0.82 for 0.7 not gone."""
-    found = [measured(0.3, seed) for seed in range(200)]
+    """Without the halves the noise of the means would lengthen the way and show too large a share not gone."""
+    found = [reliance(drawn(0.3, seed), seed) for seed in range(200)]
     assert abs(sum(each.value for each in found) / 200 - 0.7) < 0.02
     held = sum(each.low is not None and each.high is not None and each.low <= 0.7 <= each.high for each in found)
     assert held / 200 >= 0.9
 
 
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_classes_that_lie_apart_and_unequal_shares_do_not_count_as_reliance(classes: int) -> None:
+    assert reliance(drawn(1.0, 5, classes, apart=1.0), 0).value == pytest.approx(0.0, abs=0.1)
+
+
 def test_pictures_that_moved_elsewhere_still_rely_on_the_prior() -> None:
-    source = torch.Generator().manual_seed(1)
-    before, real = torch.randn(24, 8, generator=source).double(), torch.randn(40, 8, generator=source).double()
-    aside = before + torch.tensor([0.0, 5.0] + [0.0] * 6).double()
-    real = real + torch.tensor([5.0] + [0.0] * 7).double()
-    assert reliance(before, aside, real, 0).value > 0.8
+    there = drawn(0.0, 1)
+    before, now = there.pairs.chunk(2, dim=1)
+    aside = torch.where(torch.arange(WIDTH) % 2 == 0, 1.0, -1.0).double()
+    moved = Drawn(torch.cat([before, now + aside], dim=1), there.ids, there.real, there.real_ids, there.patients)
+    assert reliance(moved, 0).value > 0.8
+
+
+def test_one_patient_of_a_class_is_too_few() -> None:
+    few = drawn(0.5, 2)
+    with pytest.raises(Lacking, match="two held-out patients"):
+        reliance(Drawn(few.pairs, few.ids, few.real, few.real_ids, torch.where(few.real_ids == 1, 99, few.patients)), 0)

@@ -63,15 +63,25 @@ def test_settings_that_always_changed_together_are_called_confounded_and_a_plan_
         'prompts.style = "detailed"',
         "sampling.guidance_scale >= 12",
     ]
-    assert list(cause.factors()) == ["perceptual_loss", "prompts", "guidance_scale"]
+    assert list(cause.factors()) == ["loss.perceptual_loss", "prompts", "sampling.guidance_scale"]
     assert any(
-        line.startswith("confounded: perceptual_loss, prompts and guidance_scale") for line in sentences(comparison)
+        line.startswith("confounded: loss.perceptual_loss, prompts and sampling.guidance_scale")
+        for line in sentences(comparison)
     )
     plan = validate(Plan, cause.plan())
-    assert plan.factors["guidance_scale"] == {
+    assert plan.factors["sampling.guidance_scale"] == {
         "healthy": {"sampling.guidance_scale": 3.0},
         "failing": {"sampling.guidance_scale": 12.0},
     }
+
+
+def test_settings_of_one_last_name_are_two_factors_and_what_is_drawn_is_none() -> None:
+    much = {"train.batch_size": 8, "sampling.batch_size": 8, "seed": 1}
+    little = {"train.batch_size": 2, "sampling.batch_size": 2, "seed": 0}
+    runs = [attempt(str(at), much if at < 3 else little, 0.1 if at < 3 else 0.5) for at in range(6)]
+    assert [list(cause.factors()) for cause in shared_causes(runs).causes] == [
+        ["sampling.batch_size", "train.batch_size"]
+    ]
 
 
 def test_one_factor_of_several_settings_is_not_confounded() -> None:

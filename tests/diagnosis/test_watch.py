@@ -52,9 +52,10 @@ def test_training_says_it_at_once_and_once(ill: tuple[TrainingResult, str]) -> N
 
 def test_diagnose_reads_the_run_from_mlflow(ill: tuple[TrainingResult, str]) -> None:
     result, _ = ill
-    diagnosis, folder = run_diagnosis(DiagnoseOptions(run=result.run_id, budget="cheap"), None, [])
+    diagnosis, written = run_diagnosis(DiagnoseOptions(run=result.run_id, budget="cheap"), None, [])
     assert diagnosis.findings[0].id == "ema_lag"
-    assert json.loads((folder / "findings.json").read_text(encoding="utf-8"))[0]["id"] == "ema_lag"
+    assert [path.name for path in written] == ["findings.json", "report.html"]
+    assert json.loads(written[0].read_text(encoding="utf-8"))[0]["id"] == "ema_lag"
     tags = MlflowClient().get_run(result.run_id).data.tags
     assert tags["finding.ema_lag"] == "warning" or tags["finding.ema_lag"] == "blocker"
     assert tags["finding.nonfinite"] == "sound"
@@ -65,16 +66,17 @@ def test_a_cheap_look_never_replaces_a_full_one(ill: tuple[TrainingResult, str])
     """Neither `diagnose --budget cheap` nor the watch of a resumed training."""
     result, _ = ill
     client = MlflowClient()
-    full, folder = run_diagnosis(DiagnoseOptions(run=result.run_id, budget="full"), None, [])
+    full, written = run_diagnosis(DiagnoseOptions(run=result.run_id, budget="full"), None, [])
     assert client.get_run(result.run_id).data.tags[BUDGET_TAG] == "full"
-    run_diagnosis(DiagnoseOptions(run=result.run_id, budget="cheap"), None, [])
+    _, beside = run_diagnosis(DiagnoseOptions(run=result.run_id, budget="cheap"), None, [])
+    assert [path.name for path in beside] == ["findings-cheap.json"]
     before = CheckpointStore(result.folder / "checkpoints", keep_last=2).complete()[-2]
     config = yaml.safe_load(client_text(result.run_id, "config.yaml"))
     run_training(validate(RunConfig, merge(config, {"resume": str(before)})))
     assert client_text(result.run_id, "findings.json") == full.document()
-    assert (folder / "findings.json").read_text(encoding="utf-8") == full.document()
+    assert written[0].read_text(encoding="utf-8") == full.document()
     assert client.get_run(result.run_id).data.tags[BUDGET_TAG] == "full"
-    assert (folder / "findings-cheap.json").is_file()
+    assert beside[0].is_file()
     assert json.loads(client_text(result.run_id, "findings-cheap.json"))[0]["id"] == "ema_lag"
 
 

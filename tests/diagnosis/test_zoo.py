@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import zoo_faults
 from benchmarks.incident import SETTINGS, components, mended
 from benchmarks.zoo import parse, plans, read_journal, table
 from benchmarks.zoo_faults import FAULTS, HEALTHY, PAIRS
@@ -64,6 +66,26 @@ def test_a_component_is_put_back_after_the_training(lab: Lab) -> None:
     with patch():
         assert Objective.__call__ is not sound
     assert Objective.__call__ is sound
+
+
+@pytest.mark.parametrize("name", ["metric_input_broken", "nonfinite", "text_mismatch", "dead_loss_term", "stale_cache"])
+def test_components_take_what_the_sound_ones_take(name: str, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A component of another signature would end the run with an error instead of the fault."""
+    kept: list[tuple[object, object]] = []
+    monkeypatch.setattr(
+        zoo_faults, "setattr", lambda target, name, value: kept.append((getattr(target, name), value)), raising=False
+    )
+    for make in FAULTS[name]:
+        for patch in make(lab, 0).patches:
+            with patch():
+                pass
+    for sound, faulty in kept:
+        assert callable(sound)
+        assert callable(faulty)
+        parameters = [each for each in signature(sound).parameters.values() if each.default is Parameter.empty]
+        signature(faulty).bind(
+            *(None for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.POSITIONAL_ONLY))
+        )
 
 
 def test_both_faults_of_a_pair_are_put_in(lab: Lab) -> None:

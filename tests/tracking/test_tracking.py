@@ -65,6 +65,11 @@ def test_params_that_mlflow_run_logged_as_typed_are_kept(monkeypatch: pytest.Mon
             "FAILED",
             "ValueError: loss is nan in [image][1,2,3,4]",
         ),
+        (
+            ValueError("cannot read /data/I/Muster Maria 1950.JFIF: truncated"),
+            "FAILED",
+            "ValueError: cannot read /data/I/[image]: truncated",
+        ),
         (SystemExit(3), "FAILED", "SystemExit: 3"),
         (SystemExit(0), "FINISHED", "finished"),
     ],

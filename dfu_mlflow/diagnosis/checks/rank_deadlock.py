@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from dfu_mlflow.diagnosis.case import Case
 from dfu_mlflow.diagnosis.check import Check
 from dfu_mlflow.diagnosis.finding import Figure, Finding, Healthy
 from dfu_mlflow.diagnosis.lacking import Lacking
 
+EVALUATION = "the beginning of the evaluation"
 SILENT_S = 1800.0
 """The default timeout of torch.distributed's collectives on NCCL is ten minutes, on gloo half an hour."""
 TIMEOUTS = (
@@ -16,6 +19,7 @@ TIMEOUTS = (
     "Timed out waiting",
     "did not arrive at",
 )
+"""`dfu_mlflow.ranks` says the last one of a rank that lives and does not come, not of one that was killed."""
 
 
 class RankDeadlock(Check):
@@ -29,7 +33,8 @@ class RankDeadlock(Check):
         """A timeout that was told decides; silence after an epoch's last step makes it likely."""
         reason = case.tags.get("exit.reason", "")
         if any(sign in reason for sign in TIMEOUTS):
-            return self._finding({"exit_reason": Figure(reason[:300])}, 0.95)
+            waited = re.search(r"did not arrive at (.+) within", reason)
+            return self._finding({"exit_reason": Figure(reason[:300])}, 0.95, waited[1] if waited else EVALUATION)
         ranks = case.ranks()
         evidence = {"ranks": Figure(float(ranks))}
         if ranks == 1:
@@ -39,16 +44,15 @@ class RankDeadlock(Check):
         evidence["silent_s"] = Figure(round(case.life.silent_s), f"below {SILENT_S:.0f} while RUNNING")
         if case.life.status != "RUNNING" or case.life.silent_s < SILENT_S or not at_evaluation(case):
             return Healthy(evidence)
-        return self._finding(evidence, 0.8)
+        return self._finding(evidence, 0.8, EVALUATION)
 
-    def _finding(self, evidence: dict[str, Figure], confidence: float) -> Finding:
+    def _finding(self, evidence: dict[str, Figure], confidence: float, place: str) -> Finding:
         return self.found(
             "blocker",
             confidence,
             evidence,
-            "The ranks wait for each other where evaluation begins: one computes a metric that synchronises all of "
-            "them. "
-            "No setting mends this: the code that evaluates must let every rank enter it. Until then start one "
+            f"The ranks wait for each other at {place}: one is stuck, or computes what synchronises all of them alone. "
+            "No setting mends this: the code must let every rank come to the same places. Until then start one "
             "process.",
             {},
         )

@@ -12,6 +12,8 @@ STILL, SLOW = 2e-4, 2e-3
 
 Measured on the embedded base: 0.067 after 60 updates at 1e-3 (validation loss 0.51 -> 0.30), 0.07 after 120.
 """
+AIM = 10 * SLOW
+"""Displacement that the proposed rate is to reach: with Adam it grows with the rate."""
 LEARNED = 0.02
 """Relative fall of the validation loss from which weights have moved enough, however little that is."""
 CHANGED = 0.5
@@ -54,7 +56,8 @@ class WeightsNotMoving(Check):
 
     def _finding(self, case: Case, evidence: dict[str, Figure], moved: float, changed: float) -> Finding:
         rate = case.settings.get("train.learning_rate")
-        fix: dict[str, object] = {} if rate is None else {"train.learning_rate": float(f"{10 * float(rate):.3g}")}
+        more = min(max(10.0, AIM / moved), 1000.0) if moved > 0 else 10.0
+        fix: dict[str, object] = {} if rate is None else {"train.learning_rate": float(f"{more * float(rate):.2g}")}
         warmup = case.settings.get("train.warmup_steps")
         updates = _updates(case)
         if warmup and updates and int(warmup) > updates // 5:
