@@ -13,7 +13,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from filelock import FileLock
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import make_url
 
 from dfu_mlflow.config.tuning import TuneConfig
 from dfu_mlflow.runtime import derive_seed
@@ -35,16 +35,37 @@ REASON = "reason"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
-def is_retry(trial: FrozenTrial) -> bool:
-    """Was it made to repeat another one?"""
-    return bool(RetryHeartbeatStaleTrialCallback.retry_history(trial))
+def history(trial: FrozenTrial) -> tuple[int, ...]:
+    """Numbers of the trials that it repeats, oldest first; empty for an original."""
+    return tuple(RetryHeartbeatStaleTrialCallback.retry_history(trial))
 
 
 def budgeted(study: optuna.Study, budget: int) -> list[FrozenTrial]:
-    """Trials that count: the first `budget` originals, and every retry."""
+    """Trials that count: the first `budget` originals, and the first retry of each trial.
+
+    Where there is no lock two processes may queue the same trial again: the second retry is never taken.
+    """
     trials = study.get_trials(deepcopy=False)
-    originals = [trial.number for trial in trials if not is_retry(trial)][:budget]
-    return [trial for trial in trials if is_retry(trial) or trial.number in originals]
+    originals = [trial for trial in trials if not history(trial)][:budget]
+    retries: dict[tuple[int, ...], FrozenTrial] = {}
+    for trial in trials:
+        if history(trial):
+            retries.setdefault(history(trial), trial)
+    return sorted([*originals, *retries.values()], key=lambda trial: trial.number)
+
+
+def lost(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that failed through no fault of their own and were not queued again: their process died over it."""
+    trials = study.get_trials(deepcopy=False)
+    retried = {number for trial in trials for number in history(trial)}
+    failed = [trial for trial in trials if trial.state == TrialState.FAIL and trial.number not in retried]
+    return [trial for trial in failed if REASON not in trial.user_attrs]
+
+
+def open_trials(study: optuna.Study, budget: int, max_retries: int) -> list[int]:
+    """Trials of the budget that have not ended, or that are about to be queued again."""
+    again = {trial.number for trial in lost(study) if len(history(trial)) < max_retries}
+    return [t.number for t in budgeted(study, budget) if t.state not in FINISHED or t.number in again]
 
 
 def claim(study: optuna.Study, storage: RDBStorage, budget: int) -> int | None:
@@ -55,7 +76,7 @@ def claim(study: optuna.Study, storage: RDBStorage, budget: int) -> int | None:
         for trial in trials:
             if trial.state == TrialState.WAITING and _taken(study_id, storage, trial.number):
                 return trial.number
-        if sum(not is_retry(trial) for trial in trials) >= budget:
+        if sum(not history(trial) for trial in trials) >= budget:
             return None
         # Two processes may both add one: what is beyond the budget waits there for a larger one.
         study.enqueue_trial({})
@@ -75,27 +96,23 @@ def _taken(study_id: int, storage: RDBStorage, number: int) -> bool:
 
 def alone(url: str) -> AbstractContextManager[Any]:
     """One process at a time, where the database is a SQLite file: there two may read a row before either writes it."""
-    file = Path(url.removeprefix("sqlite:///").partition("?")[0])
-    return FileLock(f"{file}.lock") if url.startswith("sqlite:///") and file.parent.is_dir() else nullcontext()
+    address = make_url(url)  # the driver may be named: sqlite+pysqlite:///
+    file = Path((address.database or "").removeprefix("file:"))
+    in_file = address.get_backend_name() == "sqlite" and file.name not in ("", ":memory:") and file.parent.is_dir()
+    return FileLock(f"{file}.lock") if in_file else nullcontext()
 
 
 def give_up_dead(study: optuna.Study, storage: RDBStorage) -> None:
     """Fail trials whose worker shows no sign of life and queue them again.
 
-    So are those that a process gave up, or was told to interrupt, and died before it had queued them: failed, without
-    a reason and without a retry.
+    So are those that are `lost`, at once: another process may be about to queue one as well, but one retry counts.
     """
-    queue, grace = storage.get_heartbeat_stale_trial_callback(), timedelta(seconds=storage.grace_period or 0)
+    queue = storage.get_heartbeat_stale_trial_callback()
     assert queue is not None  # `open_database` sets it
     with alone(storage.url):
         optuna.storages.fail_stale_trials(study)
-        trials = study.get_trials(deepcopy=False)
-        retried = {number for trial in trials for number in RetryHeartbeatStaleTrialCallback.retry_history(trial)}
-        for trial in trials:
-            lost = trial.state == TrialState.FAIL and REASON not in trial.user_attrs and trial.number not in retried
-            # Not at once: on a database without this lock another process may be about to.
-            if lost and trial.datetime_complete and datetime.now() - trial.datetime_complete > grace:
-                queue(study, copy.deepcopy(trial))
+        for trial in lost(study):
+            queue(study, copy.deepcopy(trial))
 
 
 @contextmanager

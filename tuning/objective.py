@@ -25,6 +25,7 @@ from dfu_mlflow.verdict import larger_is_better
 from tuning.guidance import GuidancePoint, best_point, curve_page, sweep
 from tuning.outcome import Outcome
 from tuning.space import Values, with_values
+from tuning.summary import SCORED
 
 CURVE = "guidance_curve.html"
 SETUP = "setup_s"
@@ -105,6 +106,7 @@ class TrialSupervisor:
         self.metric = config.evaluation.best_metric
         self.started = time.perf_counter()
         self.best: GuidancePoint | None = None
+        self.scored = 0
         self.curve: list[GuidancePoint] = []
 
     def epoch(self, epoch: int, score: Score | None) -> None:
@@ -138,6 +140,8 @@ class TrialSupervisor:
         if result.bundle is None or not result.best_epoch:
             raise UserError("nothing was trained: --tune.epochs must be 1 or more")
         require_one_identity(self.trial.study, [panel.reference.identity for panel in run.panels.panels])
+        series = [run.history.series(f"{group}/{self.metric}") for group in ("eval", "eval_ema")]
+        self.scored = sum(epoch > 0 for figures in series for epoch in figures)
         guidance = sorted({*self.tune.guidance, self.config.sampling.guidance_scale})
         self.curve = sweep(run, result.bundle, result.shown, guidance)
         self.best = best_point(self.curve, self.metric)
@@ -164,6 +168,7 @@ class TrialSupervisor:
         facts = {
             "guidance_scale": self.best.guidance,
             "curve": [[point.guidance, *point.with_interval(self.metric)] for point in self.curve],
+            SCORED: self.scored,
             "best_epoch": result.best_epoch,
             "shown": result.shown,
             "figures": {key: value for key, value in result.figures.items() if key.startswith(("eval", "val"))},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import optuna
 from mlflow import MlflowClient
@@ -18,7 +19,7 @@ from dfu_mlflow.objective import Objective as TrainingLoss
 from dfu_mlflow.panels import build_panels
 from dfu_mlflow.preparation import Material, prepare, read_source
 from dfu_mlflow.ranks import Ranks
-from dfu_mlflow.sampling import Sampler
+from dfu_mlflow.sampling import Sampler, Settings
 from dfu_mlflow.sightings import check_subject
 from dfu_mlflow.subject import open_subject
 from registry.source import locate
@@ -71,9 +72,7 @@ class SamplingObjective:
         """Draw and measure."""
         panels = self.panels.panels
         require_one_identity(trial.study, [panel.reference.identity for panel in panels])
-        settings = replace(
-            self.sampler.settings, **{name.removeprefix("sampling."): value for name, value in values.items()}
-        )
+        settings = tuned(self.sampler.settings, values)
         started = time.perf_counter()
         drawn = self.evaluator.draw(self.sampler.batch_size, settings)
         seconds = (time.perf_counter() - started) / len(drawn.images)
@@ -86,6 +85,11 @@ class SamplingObjective:
             name: (figures[f"{name}_low"], figures[f"{name}_high"]) for name in self.names if f"{name}_low" in figures
         }
         return Outcome(tuple(figures[name] for name in self.names), intervals)
+
+
+def tuned(settings: Settings, values: Mapping[str, Any]) -> Settings:
+    """Settings with a trial's values in their place."""
+    return replace(settings, **{name.removeprefix("sampling."): value for name, value in values.items()})
 
 
 def extractors_of(names: tuple[str, ...]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import optuna
 
-from dfu_mlflow.config import RunConfig
+from dfu_mlflow.config import RunConfig, flatten
 from dfu_mlflow.config.load import merge, validate
 from dfu_mlflow.config.tuning import SearchRange
 from dfu_mlflow.errors import ConfigError
@@ -45,6 +45,18 @@ FIXED_SECTIONS = (
     "utility.",
 )
 """What must be the same in every trial and every run of a study, so that figures can be compared."""
+
+
+FREE_SECTIONS = ("tune.", "tracking.", "registry.", "checkpoint.")
+FREE = ("output_dir", "resume", "device", "data.cache_dir", "data.root", "data.manifest", "data.bounding_boxes")
+"""What processes of one study may set differently."""
+
+
+def common_settings(config: RunConfig) -> dict[str, Any]:
+    """What all processes of a study must agree on, by dotted name; no password is in it."""
+    return {
+        key: value for key, value in flatten(config).items() if key not in FREE and not key.startswith(FREE_SECTIONS)
+    }
 
 
 def is_fixed(name: str) -> bool:

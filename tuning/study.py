@@ -21,7 +21,7 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from dfu_mlflow.config import RunConfig, flatten
+from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import without_password
 from dfu_mlflow.errors import Interrupted, Pruned, UserError
 from dfu_mlflow.tracking import masked
@@ -30,25 +30,24 @@ from tuning.claims import (
     FINISHED,
     REASON,
     alone,
-    budgeted,
     build_pruner,
     build_sampler,
     claim,
     give_up_dead,
     heartbeat,
     open_database,
+    open_trials,
     retry,
 )
+from tuning.ending import ENDED
 from tuning.nested_runs import RUN_ATTRIBUTE, StudyRuns, open_runs
 from tuning.outcome import Objective
-from tuning.space import check_space, describe_space, suggest
+from tuning.space import check_space, common_settings, describe_space, suggest
 
 WORKER = "worker"
 POLL_S = 2.0
+INTERRUPTED = "interrupted; queued again"
 SMALLER_IS_BETTER = ("seconds_per_image",)
-FREE_SECTIONS = ("tune.", "tracking.", "registry.", "checkpoint.")
-FREE = ("output_dir", "resume", "device", "data.cache_dir", "data.root", "data.manifest", "data.bounding_boxes")
-"""What processes of one study may set differently."""
 
 logger = logging.getLogger(__name__)
 
@@ -124,10 +123,7 @@ def recorded_source(config: RunConfig) -> str | None:
 def made_for(config: RunConfig, names: tuple[str, ...]) -> dict[str, Any]:
     """What all processes of a study must agree on."""
     tune = config.tune
-    settings = {
-        key: value for key, value in flatten(config).items() if key not in FREE and not key.startswith(FREE_SECTIONS)
-    }
-    settings |= {
+    settings = common_settings(config) | {
         f"tune.{key}": getattr(tune, key)
         for key in ("epochs", "steps_per_epoch", "samples", "samples_per_setting", "pruner", "reduction_factor")
     }
@@ -206,6 +202,7 @@ class Worker:
         self.objective = objective
         self.runs: StudyRuns = open_runs(joined.study, joined.created, config.tracking.experiment)
         self.name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
+        self.number: int | None = None
         self.failures: list[str] = []
 
     def work(self, check_stop: Callable[[], None]) -> None:
@@ -226,11 +223,11 @@ class Worker:
             if number is not None:
                 self.run(number)
                 continue
-            open_trials = [t.number for t in budgeted(self.study, budget) if t.state not in FINISHED]
-            if not open_trials:
+            left = open_trials(self.study, budget, self.config.tune.max_retries)
+            if not left:
                 return
             if not told:
-                print(f"waiting for trials of other processes: {', '.join(map(str, open_trials))}", flush=True)
+                print(f"waiting for trials of other processes: {', '.join(map(str, left))}", flush=True)
                 told = True
             time.sleep(POLL_S)
 
@@ -241,27 +238,30 @@ class Worker:
             yield
         except BaseException as error:
             self.runs.close_orphans(self.study)
-            if not self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            if self.study.user_attrs.get(ENDED, 0) >= self.config.tune.trials:
+                self.runs.close_again(self.study)
+            elif all(trial.number == self.number for trial in running):  # its own, when even that could not be ended
                 stopped = isinstance(error, Interrupted | KeyboardInterrupt)
                 self.runs.close("KILLED" if stopped else "FAILED", " ".join(str(error).split())[:1000] or "stopped")
             raise
 
     def run(self, number: int) -> None:
         """One trial from its nested run to its end."""
+        self.number, run_id = number, None
         study_id = self.storage.get_study_id_from_name(self.study.study_name)
         trial_id = self.storage.get_trial_id_from_study_id_trial_number(study_id, number)
         self.study.sampler = build_sampler(self.config.tune, number)
         with heartbeat(self.storage, trial_id, self.config.tune.heartbeat_s):
             trial = optuna.Trial(self.study, trial_id)
-            frozen = self.study.get_trials(deepcopy=False)[number]
-            run_id = self.runs.open_trial(number, RetryHeartbeatStaleTrialCallback.retried_trial_number(frozen))
-            trial.set_user_attr(RUN_ATTRIBUTE, run_id)
-            trial.set_user_attr(WORKER, self.name)
             try:
+                frozen = self.study.get_trials(deepcopy=False)[number]
+                run_id = self.runs.open_trial(number, RetryHeartbeatStaleTrialCallback.retried_trial_number(frozen))
+                trial.set_user_attr(RUN_ATTRIBUTE, run_id)
+                trial.set_user_attr(WORKER, self.name)
                 self.attempt(trial, run_id)
             except (KeyboardInterrupt, Interrupted):
-                self.end(trial, run_id, TrialState.FAIL, "interrupted; queued again")
-                retry(self.study, self.study.get_trials(deepcopy=False)[number])
+                self.end(trial, run_id, TrialState.FAIL, INTERRUPTED)
                 raise
             except Exception as error:
                 if not isinstance(error, UserError):
@@ -288,12 +288,20 @@ class Worker:
         self.failures.clear()
 
     def end(
-        self, trial: optuna.Trial, run_id: str, state: TrialState, reason: str, values: tuple[float, ...] | None = None
+        self,
+        trial: optuna.Trial,
+        run_id: str | None,
+        state: TrialState,
+        reason: str,
+        values: tuple[float, ...] | None = None,
     ) -> None:
         """Tell the study and MLflow how a trial ended; one that others gave up meanwhile stays given up."""
         with alone(self.storage.url):
             told = self.study.tell(trial, values, state, skip_if_finished=True)
-        self.runs.close_trial(run_id, told.state, reason)
+            if reason == INTERRUPTED:  # before MLflow, which may be gone
+                retry(self.study, told)
+        if run_id is not None:
+            self.runs.close_trial(run_id, told.state, reason)
         shown = "" if values is None else f" {', '.join(f'{value:.4g}' for value in values)}"
         print(
             f"trial {trial.number}: {told.state.name}{shown}{'' if reason == 'finished' else f', {reason}'}", flush=True

@@ -12,6 +12,8 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 SHOWN = 10
+SCORED = "scored"
+"""Attribute of a trial: how many pairs of epoch and weights its checkpoint was picked from."""
 
 
 def best_trials(study: optuna.Study) -> list[FrozenTrial]:
@@ -37,9 +39,16 @@ def lines(study: optuna.Study, names: tuple[str, ...]) -> list[str]:
         figures = ", ".join(_figure(trial, number, name) for number, name in enumerate(names))
         text.append(f"  trial {trial.number}: {figures}; {settings_text(trial)}")
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    # A training's figure is itself the best of those at several guidance scales.
-    looked_at = sum(len(trial.user_attrs.get("curve", ())) or 1 for trial in complete)
-    return [*text, told_apart(best, names[0], looked_at)]
+    return [*text, told_apart(best, names[0], sum(map(looked_at_in, complete)))]
+
+
+def looked_at_in(trial: FrozenTrial) -> int:
+    """How many figures a trial's own was picked from.
+
+    A training's checkpoint is the best of its epochs and weights, at the guidance that it was trained with; its figure
+    is the best of that one's at several guidance scales, of which that guidance is one.
+    """
+    return int(trial.user_attrs.get(SCORED, 1)) + max(len(trial.user_attrs.get("curve", ())) - 1, 0)
 
 
 def settings_text(trial: FrozenTrial) -> str:

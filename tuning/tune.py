@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import optuna
 from optuna.trial import FrozenTrial
 
 from dfu_mlflow.config import RunConfig
@@ -16,7 +17,7 @@ from dfu_mlflow.participant import TrainingResult
 from dfu_mlflow.preparation import read_source
 from dfu_mlflow.runtime import provenance
 from registry.aliases import version_at
-from registry.promote import PromoteOptions, promote
+from registry.promote import PromoteOptions, promote, registered_version
 from registry.publish import publish
 from registry.source import locate
 from tuning.charts import importances, pages
@@ -30,7 +31,9 @@ from tuning.summary import best_trials, lines
 from tuning.winner import register_winner
 
 VERSION_TAG = "registered.version"
-"""Of the study's run: what it registered last."""
+"""Of the study's run: what it registered when it was last ended, empty for nothing."""
+GATE_TAG = "gate.status"
+"""Of a version that was judged."""
 
 
 def tune(config_name: str, flags: Sequence[str]) -> list[str]:
@@ -111,10 +114,9 @@ def work(config: RunConfig, objective: Objective, check_stop: Callable[[], None]
         worker.work(check_stop)
         said = lines(worker.study, objective.names)
         end = partial(conclude, config, worker, objective.names, said)
-        ended = end_once(worker.study, joined.storage, config.tune.trials, end, check_stop)
-        if not ended:
+        if not end_once(worker.study, joined.storage, config.tune.trials, end, check_stop):
             worker.runs.close_again(worker.study)
-    return [*said, *(gate(config, worker) if ended else ())]
+    return [*said, *gate(config, worker, check_stop)]
 
 
 def conclude(config: RunConfig, worker: Worker, names: tuple[str, ...], said: list[str]) -> None:
@@ -131,20 +133,36 @@ def conclude(config: RunConfig, worker: Worker, names: tuple[str, ...], said: li
         runs.client.set_tag(runs.parent_id, "best.trial", str(trial.number))
         for number, name in enumerate(names):
             runs.client.log_metric(runs.parent_id, f"best/{name}", trial.values[number])
+    version: str | None = None
     if best and config.registry.register_model:
         training = config.tune.kind == "training"
         version = register(config, best[0]) if training else register_winner(config, study, best[0], names)
-        if version is not None:
-            runs.client.set_tag(runs.parent_id, VERSION_TAG, version)
+    runs.client.set_tag(runs.parent_id, VERSION_TAG, version or "")
     runs.close("FINISHED" if best else "FAILED", "finished" if best else "no trial has a figure")
 
 
-def gate(config: RunConfig, worker: Worker) -> list[str]:
-    """Put the version that the study registered through the gate, when asked to."""
-    version = worker.runs.client.get_run(worker.runs.parent_id).data.tags.get(VERSION_TAG)
-    if not config.registry.promote or version is None:
+def gate(config: RunConfig, worker: Worker, check_stop: Callable[[], None]) -> list[str]:
+    """Put the version that the study registered through the gate, when asked to, unless it has been.
+
+    One of the processes does, whichever ended the study; a later one where that process died over it. So the gate is
+    an ending too, of a study named after the registered model, with the version in the place of the budget.
+    """
+    client = worker.runs.client
+    registered = client.get_run(worker.runs.parent_id).data.tags.get(VERSION_TAG)
+    if not config.registry.promote or not registered:
         return []
-    return list(promote(PromoteOptions(model=f"models:/{version}"), None, []).sentences)
+    uri, said = f"models:/{registered}", list[str]()
+    name, version = registered_version(uri)
+
+    def ask() -> None:
+        if GATE_TAG not in client.get_model_version(name, str(version)).tags:
+            said.extend(promote(PromoteOptions(model=uri), None, []).sentences)
+
+    gates = optuna.create_study(
+        storage=worker.storage, study_name=f"{worker.study.study_name}: gate of {name}", load_if_exists=True
+    )
+    end_once(gates, worker.storage, version, ask, check_stop)
+    return said
 
 
 def register(config: RunConfig, trial: FrozenTrial) -> str | None:

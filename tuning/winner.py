@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import optuna
 from mlflow import MlflowClient
@@ -14,11 +11,11 @@ from optuna.trial import FrozenTrial
 
 from dfu_mlflow.bundle import copy_bundle
 from dfu_mlflow.config import RunConfig
-from dfu_mlflow.sampling import BUNDLE, Settings, read_settings
+from dfu_mlflow.sampling import BUNDLE, read_settings
 from registry.package import register_sampler
 from registry.source import locate
 from tuning.nested_runs import NUMBER_TAG, RUN_ATTRIBUTE, STUDY_TAG
-from tuning.sampling_study import SECONDS
+from tuning.sampling_study import SECONDS, tuned
 
 TUNED = "sampler_tuned"
 """Name of the LoggedModel."""
@@ -62,11 +59,6 @@ def register_winner(config: RunConfig, study: optuna.Study, trial: FrozenTrial, 
     said = f"registered {version.name} version {version.version} as @{own.registry.alias}: the weights of version"
     print(f"{said} {number}, drawn as in trial {trial.number}", flush=True)
     return f"{version.name}/{version.version}"
-
-
-def tuned(settings: Settings, values: Mapping[str, Any]) -> Settings:
-    """Settings with a trial's values in their place."""
-    return replace(settings, **{name.removeprefix("sampling."): value for name, value in values.items()})
 
 
 def figures(trial: FrozenTrial, names: tuple[str, ...]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import tuning.ablation.study as module
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import dump_yaml, validate
 from dfu_mlflow.config.study import PLANS, read_plan
-from dfu_mlflow.errors import UserError
+from dfu_mlflow.errors import Interrupted, UserError
 from tuning.ablation.runs import lay_out
 from tuning.ablation.study import study
 
@@ -106,6 +107,22 @@ def test_no_run_stays_running_when_training_cannot_begin_or_the_study_cannot_end
     said = study(*files, [])
     assert "no figure: perceptual=vgg16, seed 0" in said[-1]
     assert len(client.search_runs(["0", "1"], "attributes.status = 'FINISHED'")) == 2, "nothing was trained again"
+
+
+def test_a_signal_between_two_trainings_ends_the_studys_run(
+    files: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def signalled(*_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(module, "train", signalled)
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        study(*files, ["--tune.storage", "postgresql://me:secret@host/name"])
+    assert "secret" not in Path("out/study.json").read_text(encoding="utf-8")
+    parent = MlflowClient().search_runs(["0", "1"])[0]
+    assert (parent.info.status, parent.data.tags["exit.reason"]) == ("KILLED", "stopped; the same command goes on")
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        study(*files, ["--data.cache_dir", "elsewhere", "--tracking.experiment", "other"])
 
 
 def test_two_processes_on_one_folder(files: tuple[str, str]) -> None:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import optuna
 import pytest
+from filelock import FileLock, Timeout
 from optuna.trial import TrialState
 
 from dfu_mlflow.config.tuning import TuneConfig
-from tuning.claims import REASON, claim, give_up_dead, open_database, retry
+from tuning.claims import REASON, alone, claim, give_up_dead, open_database, open_trials, retry
 from tuning.ending import end_once
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -93,12 +94,33 @@ def test_a_trial_that_was_given_up_and_not_queued_again_is_not_lost(study: optun
     storage = study._storage._backend  # type: ignore[attr-defined]
     for attributes in ({}, {REASON: "UserError: cannot be trained"}):
         study.add_trial(optuna.create_trial(state=TrialState.FAIL, user_attrs=attributes))
-    give_up_dead(study, storage)
-    assert len(study.trials) == 2, "whoever gave it up may be about to"
-    time.sleep(3.5)
+    assert open_trials(study, budget=2, max_retries=1) == [0], "the budget is not spent"
+    assert open_trials(study, budget=2, max_retries=0) == []
     for _ in range(2):
         give_up_dead(study, storage)
     assert [trial.system_attrs.get("retry_history") for trial in study.trials] == [None, None, [0]]
+
+
+def test_of_two_retries_of_one_trial_the_first_counts(study: optuna.Study) -> None:
+    """Where no lock holds processes apart, two may queue the same trial again."""
+    storage = study._storage._backend  # type: ignore[attr-defined]
+    study.add_trial(optuna.create_trial(state=TrialState.FAIL))
+    for _ in range(2):
+        retry(study, study.trials[0])
+    assert claim(study, storage, budget=1) == 1
+    assert claim(study, storage, budget=1) is None
+    assert open_trials(study, budget=1, max_retries=2) == [1]
+    study.tell(1, state=TrialState.FAIL)
+    retry(study, study.trials[1])
+    assert claim(study, storage, budget=1) == 3, "a retry of the retry is another one"
+
+
+@pytest.mark.parametrize("driver", ["sqlite", "sqlite+pysqlite"])
+def test_a_sqlite_file_is_locked_whatever_its_driver_is_called(driver: str, tmp_path: Path) -> None:
+    with alone(f"{driver}:///{tmp_path}/optuna.db?timeout=3"):
+        held = FileLock(tmp_path / "optuna.db.lock")
+        with pytest.raises(Timeout):
+            held.acquire(timeout=0)
 
 
 def test_a_larger_budget_is_another_ending_and_a_smaller_one_is_none(study: optuna.Study) -> None:

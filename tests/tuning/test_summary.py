@@ -36,6 +36,14 @@ def test_the_best_of_several_guidance_scales_is_a_pick_too() -> None:
     assert "all 40 figures" in said
 
 
+def test_the_best_of_several_epochs_is_a_pick_too() -> None:
+    study = optuna.create_study()
+    for value in (0.0, 2.5 * HALF):
+        attributes = {"intervals": {"kid": (value - HALF, value + HALF)}, "curve": [[1.0, value]] * 3, "scored": 6}
+        study.add_trial(optuna.create_trial(value=value, user_attrs=attributes))
+    assert "all 16 figures" in lines(study, ("kid",))[-1], "of each trial 6 at the trained guidance and 2 at others"
+
+
 @pytest.mark.parametrize("trials", [10, 40])
 def test_equal_settings_are_rarely_told_apart(trials: int) -> None:
     """With the plain 95 % intervals 15 % (of 10 trials) and 71 % (of 40) of such studies told some apart."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from dfu_mlflow.config.load import dump_yaml, merge, parse_flags, read_tree, val
 from dfu_mlflow.config.study import Plan, read_plan
 from dfu_mlflow.errors import Interrupted, UserError
 from dfu_mlflow.evaluator import Measurement
+from dfu_mlflow.interrupt import StopRequest
 from dfu_mlflow.pipeline import run_training
 from dfu_mlflow.preparation import read_source
 from dfu_mlflow.runtime import provenance
@@ -27,6 +28,7 @@ from tuning.ablation.design import Cell
 from tuning.ablation.effects import Effect, effects, verdict
 from tuning.ablation.page import study_page
 from tuning.ablation.runs import CellSupervisor, Experiment, Journal, lay_out
+from tuning.space import common_settings
 
 OUTPUT_DIR = "outputs/study"
 LOCK = "study.lock"
@@ -56,12 +58,12 @@ def study(plan_name: str, config_name: str, flags: Sequence[str]) -> list[str]:
     config = validate(RunConfig, merge(tree, {"registry": {"register_model": False}}))
     experiment = lay_out(plan, config)
     read_source(config)
-    facts = {"plan": plan.model_dump(mode="json"), "config": config.model_dump(mode="json")}
-    with alone_in(config.output_dir):
+    facts = {"plan": plan.model_dump(mode="json"), "config": common_settings(config)}
+    with StopRequest() as stop, alone_in(config.output_dir):
         journal = Journal(config.output_dir, facts)
         parent = open_parent(name, config, plan, journal)
         with closing(parent):
-            work(experiment, journal, parent)
+            work(experiment, journal, parent, stop.check)
             said, tables = conclusions(experiment, journal)
             page = study_page(name, experiment, journal, said, tables)
             publish_conclusions(parent, said, tables, page)
@@ -137,8 +139,14 @@ def open_parent(name: str, config: RunConfig, plan: Plan, journal: Journal) -> s
     return str(parent)
 
 
-def work(experiment: Experiment, journal: Journal, parent: str) -> None:
+def work(experiment: Experiment, journal: Journal, parent: str, check_stop: Callable[[], None]) -> None:
     """Train everything that is not measured yet.
+
+    Args:
+        experiment: the study.
+        journal: what is measured so far.
+        parent: the study's run.
+        check_stop: called before each training and after the last; raises to stop.
 
     Raises:
         UserError: after `MAX_FAILURES` trainings in a row without a figure.
@@ -148,10 +156,12 @@ def work(experiment: Experiment, journal: Journal, parent: str) -> None:
     baselines: dict[str, Measurement] = {}
     failed = 0
     for cell, seed in tqdm(left, desc="study", unit="training", initial=len(runs) - len(left), total=len(runs)):
+        check_stop()
         reason = train(experiment, journal, parent, (cell, seed), baselines)
         failed = 0 if reason is None else failed + 1
         if failed == MAX_FAILURES:
             raise UserError(f"{MAX_FAILURES} trainings in a row ended without a figure, the last one: {reason}")
+    check_stop()
 
 
 def train(
