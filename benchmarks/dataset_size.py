@@ -7,18 +7,17 @@ photographs are encoded in batches of 1, 4, 16 and 64. Processor times decide: t
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
+from benchmarks.machine import machine, said
 from dfu_mlflow.base.autoencoder import VaeEncoder
 from dfu_mlflow.base.load import load_base, part_digest
 from dfu_mlflow.batches import Batches
@@ -130,19 +129,13 @@ def show_encoding(pictures: int) -> None:
     print("encoding by batch: " + ", ".join(f"{size}: {rate:.0f} pictures/s" for size, rate in rates.items()))
 
 
-def said(good: bool) -> str:
-    """What a bar's outcome is called."""
-    return "ok" if good else "MISSED"
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run everything; 0 where all bars are met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=30)
     parser.add_argument("--pictures", type=int, default=256)
     options = parser.parse_args(arguments)
-    versions = f"Python {platform.python_version()}, torch {metadata.version('torch')}"
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, {versions}")
+    print(machine("torch"))
     with tempfile.TemporaryDirectory() as temporary:
         good = [compare_opening(Path(temporary)), compare_steps(Path(temporary), options.turns)]
     show_encoding(options.pictures)

@@ -9,7 +9,6 @@ differ.
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import sys
 import time
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from benchmarks.machine import machine, said
 from dfu_mlflow.base.load import load_base
 from dfu_mlflow.conditioning import encode_prompts
 from dfu_mlflow.config.prompts import MINIMAL
@@ -96,9 +96,9 @@ def compare(sampler: Sampler, work: Work, repeats: int) -> bool:
     same, fast = apart.max() <= MOST_STEPS and share <= MOST_SHARE, gain >= GAIN
     print(
         f"pictures: at most {apart.max()} 8-bit steps apart, on {share:.4%} of values (at most {MOST_STEPS} on "
-        f"{MOST_SHARE:.1%} wanted) {'ok' if same else 'MISSED'}"
+        f"{MOST_SHARE:.1%} wanted) {said(bool(same))}"
     )
-    print(f"throughput: {gain:.2f} times the stock pipeline's (at least {GAIN} wanted) {'ok' if fast else 'MISSED'}")
+    print(f"throughput: {gain:.2f} times the stock pipeline's (at least {GAIN} wanted) {said(fast)}")
     return bool(same and fast)
 
 
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, default=own.num_inference_steps)
     parser.add_argument("--repeats", type=int, default=5)
     chosen = parser.parse_args(arguments)
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {chosen.steps} steps")
+    print(f"{machine('torch')}, {chosen.steps} steps")
     size = (RESOLUTION_PX, RESOLUTION_PX)
     settings = Settings(own.guidance_scale, chosen.steps, RESOLUTION_PX, size, scheduler=own.scheduler)
     pipe = load_base("tiny_sdxl")

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,11 +23,11 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import psutil
 
+from benchmarks.machine import machine, said
 from benchmarks.training_material import write_base, write_photographs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -246,11 +245,6 @@ def line(name: str, run: Measured) -> str:
     )
 
 
-def said(good: bool) -> str:
-    """What a bar's outcome is called."""
-    return "ok" if good else "MISSED"
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run everything; 0 where all bars are met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -265,9 +259,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--photographs", type=int, default=96)
     options = parser.parse_args(arguments)
     options.diffusers_script = options.diffusers_script.resolve()
-    names = ("torch", "diffusers", "accelerate", "transformers")
-    print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, ", end="")
-    print(", ".join(f"{name} {metadata.version(name)}" for name in names), flush=True)
+    print(machine("torch", "diffusers", "accelerate", "transformers"), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_base(folder / "base", options.case)

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
 
 from dfu_mlflow.base.adapters import Weights
 from dfu_mlflow.checkpoint import Tensors, load_optimizer, optimizer_tensors
-from dfu_mlflow.config.schema import RunConfig
+from dfu_mlflow.config.schema import RunConfig, TrainConfig
 from dfu_mlflow.ema import copy_into
 from dfu_mlflow.errors import UserError
+from dfu_mlflow.ranks import uses_deepspeed
 
 
 class Engine:
@@ -71,9 +73,12 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def state(self) -> Tensors:
-        """The optimizer's state as a checkpoint holds it, whoever holds it here; every rank calls this."""
-        return optimizer_tensors(self.optimizer)
+    def state(self, wanted: bool) -> Tensors:
+        """The optimizer's state as a checkpoint holds it, in the computer's memory where it is wanted, else nothing.
+
+        Every rank calls this.
+        """
+        return optimizer_tensors(self.optimizer) if wanted else {}
 
     def load(self, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
         """Put weights and the optimizer's state back."""
@@ -85,9 +90,6 @@ class ZeroEngine(Engine):
     """DeepSpeed ZeRO-2: each rank keeps the optimizer's state of a part of the weights, and steps that part.
 
     Weights stay in float32 and mixed precision is autocast, as without DeepSpeed, so that results are the same.
-
-    Raises:
-        UserError: for what DeepSpeed cannot do the same way.
     """
 
     KEYS = ("exp_avg", "exp_avg_sq")
@@ -101,19 +103,15 @@ class ZeroEngine(Engine):
         config: RunConfig,
     ) -> None:
         train = config.train
-        if train.optimizer != "adamw" or train.mixed_precision == "fp16":
-            raise UserError(
-                f"--launch zero2 shards AdamW in float32 or bf16: --train.optimizer {train.optimizer} with "
-                f"--train.mixed_precision {train.mixed_precision} needs --launch ddp"
-            )
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         settings["train_micro_batch_size_per_gpu"] = train.batch_size // accelerator.num_processes
         settings["gradient_accumulation_steps"] = train.gradient_accumulation_steps
         settings["gradient_clipping"] = train.max_grad_norm or 0.0
         settings["zero_force_ds_cpu_optimizer"] = False  # its own CPU Adam needs a C++ compiler; torch's is fused too
         accelerator.gradient_accumulation_steps = train.gradient_accumulation_steps
-        if train.mixed_precision == "bf16":  # evaluations call the network itself
-            unet.forward = self._autocast(accelerator)(unet.forward)
+        self.half = train.mixed_precision == "bf16"
+        if self.half:  # as accelerate does without DeepSpeed; evaluations call the network itself
+            unet.forward = convert_outputs_to_fp32(self._autocast(accelerator)(unet.forward))
         super().__init__(accelerator, unet, weights, optimizer, config)
         self.zero: Any = self.unet.optimizer
 
@@ -122,8 +120,9 @@ class ZeroEngine(Engine):
         return nullcontext()
 
     def autocast(self) -> AbstractContextManager[None]:
-        """The network does it itself."""
-        return nullcontext()
+        """Mixed precision of what stands around the network, which does its own."""
+        context: AbstractContextManager[None] = self._autocast(self.accelerator) if self.half else nullcontext()
+        return context
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """DeepSpeed divides by the accumulation steps itself."""
@@ -131,22 +130,12 @@ class ZeroEngine(Engine):
         self.unet.backward(loss)
 
     def update(self) -> float:
-        """DeepSpeed clips and steps.
-
-        Raises:
-            UserError: for a non-finite gradient, which is in the weights already.
-        """
+        """DeepSpeed clips and steps. With float32 weights it skips a non-finite gradient, whose norm is inf."""
         self.unet.step()
-        norm = float(self.unet.get_global_grad_norm())
-        if not math.isfinite(norm):
-            raise UserError(
-                "the gradient is not finite, and under DeepSpeed it is in the weights already: go on from the last "
-                "checkpoint with --resume latest, or with --launch ddp, which skips such steps"
-            )
-        return norm
+        return float(self.unet.get_global_grad_norm())
 
-    def state(self) -> Tensors:
-        """The shares put together, named as torch's own AdamW names them."""
+    def state(self, wanted: bool) -> Tensors:
+        """The shares put together, which takes every rank, named as torch's own AdamW names them."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         states = list(self.zero.optimizer.state.values())
@@ -154,9 +143,12 @@ class ZeroEngine(Engine):
             return {}
         found: Tensors = {}
         for index, weight in enumerate(self.weights.values()):
-            found[f"{index}.step"] = torch.as_tensor(states[0]["step"]).detach().cpu().clone()
             for key in self.KEYS:
-                found[f"{index}.{key}"] = safe_get_full_optimizer_state(weight, key).detach().cpu().clone()
+                whole = safe_get_full_optimizer_state(weight, key)
+                if wanted:
+                    found[f"{index}.{key}"] = whole.detach().cpu().clone()
+            if wanted:
+                found[f"{index}.step"] = torch.as_tensor(states[0]["step"]).detach().cpu().clone()
         return found
 
     def load(self, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
@@ -180,24 +172,30 @@ class ZeroEngine(Engine):
         return torch.autocast(accelerator.device.type, dtype=torch.bfloat16)
 
 
-def uses_deepspeed() -> bool:
-    """Has the launcher asked for DeepSpeed?"""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+def check_launch(train: TrainConfig) -> None:
+    """Refuse what the launcher asks for and no engine does the same way as one process.
+
+    Raises:
+        UserError: naming the launch that does it.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UserError("FSDP is not supported yet: launch with ddp or zero2")
+    if not uses_deepspeed():
+        return
+    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") != "2":
+        raise UserError("of DeepSpeed's stages only ZeRO-2 is supported: launch with ddp or zero2")
+    if train.optimizer != "adamw" or train.mixed_precision == "fp16":
+        raise UserError(
+            f"--launch zero2 shards AdamW in float32 or bf16: --train.optimizer {train.optimizer} with "
+            f"--train.mixed_precision {train.mixed_precision} needs --launch ddp"
+        )
 
 
 def build_accelerator(device: torch.device, mixed_precision: str) -> Accelerator:
-    """accelerate as the launcher asks for it.
-
-    Raises:
-        UserError: for a launch that this project cannot keep its promises under.
-    """
-    if not uses_deepspeed():
-        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-            raise UserError("FSDP is not supported yet: launch with ddp or zero2")
-        return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed_precision)
-    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") != "2":
-        raise UserError("of DeepSpeed's stages only ZeRO-2 is supported: launch with ddp or zero2")
-    return Accelerator(mixed_precision="no")
+    """accelerate as the launcher asks for it."""
+    if uses_deepspeed():
+        return Accelerator(mixed_precision="no")
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed_precision)
 
 
 def build_engine(

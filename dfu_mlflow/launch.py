@@ -56,13 +56,15 @@ def replace_process(command: Sequence[str], device: str) -> None:
 
 
 def _count(processes: str, device: str) -> int:
-    if processes:
-        if not processes.isdecimal() or int(processes) < 2:
-            raise UserError(f"--processes {processes}: a whole number from 2 is needed")
-        return int(processes)
+    if processes and (not processes.isdecimal() or int(processes) < 2):
+        raise UserError(f"--processes {processes}: a whole number from 2 is needed")
     import torch
 
     cards = 0 if device == "cpu" else torch.cuda.device_count()
+    if processes:
+        if 0 < cards < int(processes):
+            raise UserError(f"--processes {processes}: each needs a GPU of its own, and there are {cards}")
+        return int(processes)
     if cards < 2:
         raise UserError(f"--launch finds {cards} GPUs: say how many processes are wanted with --processes 2")
     return cards

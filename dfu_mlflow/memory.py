@@ -29,6 +29,8 @@ def count(module: nn.Module) -> int:
 def memory_plan(config: RunConfig, source: str) -> dict[str, Any]:
     """Weights, trainable share, peak memory by part [GiB] on the device and beside it, and checkpoint size [GiB].
 
+    For one process: activations are those of the whole `train.batch_size`, which several processes would share.
+
     Args:
         source: as `resolve_base` gives it.
     """

@@ -14,6 +14,8 @@ from dfu_mlflow.config.runtime import RuntimeConfig
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.data import dataset_digest
 from dfu_mlflow.ema import ExponentialMovingAverage
+from dfu_mlflow.engines import check_launch
+from dfu_mlflow.errors import UserError
 from dfu_mlflow.interrupt import StopRequest
 from dfu_mlflow.memory import check_disk
 from dfu_mlflow.objective import Objective
@@ -50,6 +52,12 @@ def run_training(
     """
     device = pick_device(config.device)
     with StopRequest() as stop, joined(device, config.runtime.timeout_s, stop) as ranks, ranks.explained():
+        check_launch(config.train)
+        if supervisor is not None and ranks.count > 1:
+            raise UserError(
+                f"tune and study compare trainings of one process each, and {ranks.count} run: start them without a "
+                "launcher; any number of them on one tune.study share its trials"
+            )
         config = config.model_copy(update={"runtime": _runtime(config, ranks)})
         check_disk(config, resolve_base(config.base_model))
         resumed_from = ranks.decided(lambda: find_checkpoint(config.resume, config.output_dir), "the start")
@@ -87,6 +95,12 @@ def train(run: Participant, checkpoint: Checkpoint | None) -> TrainingResult:
 
 
 def _runtime(config: RunConfig, ranks: Ranks) -> RuntimeConfig:
+    given = config.runtime.num_processes
+    if given not in (1, ranks.count):
+        raise UserError(
+            f"--runtime.num_processes {given}, but {ranks.count} run: leave it out, the run fills it in; "
+            f"--launch ddp --processes {given} starts {given}"
+        )
     return config.runtime.model_copy(update={"num_processes": ranks.count})
 
 

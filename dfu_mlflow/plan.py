@@ -56,7 +56,7 @@ def _size_lines(config: RunConfig) -> list[str]:
         "# Size",
         f"UNet: {plan['unet_weights']:,} weights; {plan['trained_weights']:,} are trained "
         f"({100 * plan['trainable_fraction']:.1f} % with the adapters counted in)",
-        "estimated peak memory of training:",
+        "estimated peak memory of training in one process:",
         *parts,
         f"  {'sum':<32}{sum(plan['memory_gib'].values()):8.2f} GiB",
         "beside it in the computer's memory:",

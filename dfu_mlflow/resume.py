@@ -9,7 +9,16 @@ from dfu_mlflow.config.load import flatten
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.errors import UserError
 
-FREE = ("resume", "output_dir", "device", "data.cache_dir", "data.root", "data.manifest", "data.bounding_boxes")
+FREE = (
+    "resume",
+    "output_dir",
+    "device",
+    "data.cache_dir",
+    "data.root",
+    "data.manifest",
+    "data.bounding_boxes",
+    "ema.on_host",
+)
 FREE_SECTIONS = ("checkpoint.", "tracking.", "registry.", "runtime.", "tune.")
 """What may differ: places, and what does not touch the weights or the figures."""
 

@@ -201,7 +201,7 @@ class Trainer:
         """Accumulate the gradient of one micro-batch; returns its mean losses, on their way to the CPU."""
         context = nullcontext() if last else self.engine.no_sync()
         with context:
-            terms = self.losses(batch)
+            terms = self.losses(batch, self.unet)
             if last:
                 self.ranks.at(f"the gradients of step {self.progress.step + 1}")
             self.engine.backward(terms.total.mean(), last)
@@ -209,14 +209,14 @@ class Trainer:
         figures["loss_perceptual"] = torch.zeros(1) if terms.perceptual is None else terms.perceptual
         return {name: value.detach().mean().to("cpu", non_blocking=True) for name, value in figures.items()}
 
-    def losses(self, batch: Batch) -> LossTerms:
-        """Loss terms of a micro-batch, each [B]."""
+    def losses(self, batch: Batch, network: nn.Module) -> LossTerms:
+        """Loss terms of a micro-batch, each [B], of the UNet as the engine holds it or bare."""
         device, draws = self.accelerator.device, batch.draws
         torch.manual_seed(derive_seed(self.config.seed, "layers", batch.sample_ids[0]))  # for adapters' dropout
         told = self.parts.conditioner.training(batch.class_ids, draws.dropped, batch.time_ids)
         with self.engine.autocast():
             return self.parts.objective(
-                self.unet, move(batch.latents, device), move(draws.noise, device), move(draws.timesteps, device), told
+                network, move(batch.latents, device), move(draws.noise, device), move(draws.timesteps, device), told
             )
 
     def update(self) -> float:
@@ -240,19 +240,20 @@ class Trainer:
         if scaler is None or scaler.get_scale() <= 1.0:  # above that fp16 is still finding its loss scale
             self.progress.nonfinite_in_row += 1
         if self.progress.nonfinite_in_row >= self.config.train.max_nonfinite_steps:
-            good = self.store.complete()
+            good = self.store.complete()  # rank 0's: the others' folder is not the run's
+            shares = self.ranks.everyone((names, good[-1] if good else "none"), "too many non-finite steps")
+            shown = sorted({name for share, _ in shares for name in share})[:8]
             raise UserError(
                 f"the gradient was not finite for {self.progress.nonfinite_in_row} steps in a row, last at step "
-                f"{self.progress.step} on {', '.join(sorted(set(names))[:8])}; last good checkpoint: "
-                f"{good[-1] if good else 'none'}; lower --train.learning_rate or set --train.mixed_precision no"
+                f"{self.progress.step} on {', '.join(shown)}; last good checkpoint: "
+                f"{shares[0][1]}; lower --train.learning_rate or set --train.mixed_precision no"
             )
 
     def gradient_figures(self, batch: Batch) -> dict[str, float]:
         """Share of the gradient norm that each loss term has, measured on the first micro-batch of the epoch."""
         if self.parts.objective.perceptual is None:
             return {"grad_share_perceptual": 0.0}
-        with self.engine.no_sync():  # else DDP waits for a backward pass of this forward one
-            terms = self.losses(batch)
+        terms = self.losses(batch, self.parts.unet)  # bare: an engine's hooks wait for a backward pass of their own
         assert terms.perceptual is not None
         named = {"diffusion": terms.diffusion.mean(), "perceptual": terms.perceptual.mean()}
         return {"grad_share_perceptual": gradient_shares(named, list(self.parts.weights.values()))["perceptual"]}
@@ -303,7 +304,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of everything that decides what comes next."""
         self.hooks.before_checkpoint()
-        optimizer = self.engine.state()
+        optimizer = self.engine.state(wanted=self.ranks.main)
         if not self.ranks.main:
             return
         ema = self.parts.ema

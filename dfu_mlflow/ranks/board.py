@@ -48,6 +48,7 @@ class Board:
         self.count = count
         self.order = 0
         self.place = "the start"
+        self._since_s = time.monotonic()
         self._store = store
         self._beats = 0
         self._stopped = threading.Event()
@@ -60,6 +61,11 @@ class Board:
         """This rank has come to a place; all ranks come to the same places in the same order."""
         self.order += 1
         self.place = place
+        self._since_s = time.monotonic()
+
+    def seconds_here(self) -> float:
+        """Since this rank came to its place."""
+        return time.monotonic() - self._since_s
 
     def arrive(self, place: str) -> None:
         """Come to a place where the others are waited for."""

@@ -159,11 +159,12 @@ class Ranks:
 
     def _explain(self, error: Exception) -> NoReturn:
         assert self._board is not None
+        late = self._board.seconds_here() >= self.timeout_s  # else nobody was waited for that long
         self._hear()
         if dead := self._board.silent():
             raise RankLost(self._ended(dead)) from error
         self._hear()
-        if isinstance(error, RuntimeError) and (behind := self._board.behind()):
+        if late and isinstance(error, RuntimeError) and (behind := self._board.behind()):
             place = self._board.place
             raise RankLost(f"{self._named(behind)} did not arrive at {place} within {self.timeout_s:g} s") from error
         raise error
@@ -223,6 +224,11 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def uses_deepspeed() -> bool:
+    """Has the launcher asked for DeepSpeed?"""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
 @contextmanager
 def joined(device: torch.device, timeout_s: float, stop: StopRequest) -> Iterator[Ranks]:
     """Join the other processes that a launcher (accelerate, torchrun) has started; without one be the only rank.
@@ -257,7 +263,7 @@ def _open_group(device: torch.device, timeout_s: float) -> PartialState:
     limit = {"timeout": timedelta(seconds=timeout_s)}
     if device.type != "cpu":
         return PartialState(**limit)
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    deepspeed = uses_deepspeed()
     if deepspeed:
         from deepspeed import ops
 

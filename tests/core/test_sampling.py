@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from dfu_mlflow.base.adapters import attach
 from dfu_mlflow.base.load import load_base
 from dfu_mlflow.conditioning import encode_prompts
 from dfu_mlflow.config.prompts import MINIMAL
+from dfu_mlflow.config.schema import AdapterConfig
+from dfu_mlflow.errors import Interrupted
 from dfu_mlflow.runtime import generator
 from dfu_mlflow.sampling import Sampler, Settings, build_scheduler
 
@@ -93,3 +96,29 @@ def test_guidance_may_differ_within_a_batch(pipe: Any) -> None:
     assert SETTINGS.fits(replace(SETTINGS, guidance_scale=1.5))
     assert not SETTINGS.fits(replace(SETTINGS, guidance_scale=1.0)), "one needs no unconditional prediction"
     assert not SETTINGS.fits(replace(SETTINGS, num_inference_steps=5))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_pictures_of_a_trained_lora_are_the_stock_pipelines(dora: bool) -> None:
+    pipe = load_base("tiny_sdxl")
+    plain = Sampler(pipe, encode_prompts(pipe, dict(MINIMAL), ""), SETTINGS, batch_size=4).draw(LABELS, SEEDS)
+    weights = attach(pipe.unet, AdapterConfig(method="lora", rank=4, use_dora=dora), seed=0)
+    source = torch.Generator().manual_seed(0)
+    for name, weight in weights.items():
+        if "lora_B" in name:
+            weight.data = 0.1 * torch.randn(weight.shape, generator=source)
+    sampler = Sampler(pipe, encode_prompts(pipe, dict(MINIMAL), ""), SETTINGS, batch_size=4)
+    drawn = sampler.draw(LABELS, SEEDS)
+    assert_same(drawn, stock(pipe, sampler, SETTINGS))
+    assert np.abs(drawn.astype(int) - plain.astype(int)).max() > 10, "the adapter changes pictures"
+
+
+def test_a_drawing_that_is_stopped_leaves_the_network_as_it_was(pipe: Any) -> None:
+    def stop() -> None:
+        raise Interrupted("asked to stop")
+
+    processors = pipe.unet.attn_processors
+    sampler = Sampler(pipe, encode_prompts(pipe, dict(MINIMAL), ""), SETTINGS, batch_size=4)
+    with pytest.raises(Interrupted):
+        sampler.generate(torch.tensor([0, 1]), [1, 2], between_steps=stop)
+    assert pipe.unet.attn_processors == processors

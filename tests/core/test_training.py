@@ -172,7 +172,7 @@ def test_perceptual_term_has_gradient_and_a_dead_one_is_seen(small_config: RunCo
     trainer = build(changed(small_config, change), tmp_path)
     trainer.progress.epoch = 1
     batch = next(trainer.parts.batches.of_step(1, 0))
-    terms = trainer.losses(batch)
+    terms = trainer.losses(batch, trainer.unet)
     assert terms.perceptual is not None
     assert float(terms.perceptual.detach().mean()) > 0
     weights = list(trainer.parts.weights.values())

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import mlflow
 import torch
@@ -22,6 +23,9 @@ generate, calls = Sampler.generate, []
 def die(*arguments: object, **named: object) -> object:
     calls.append(1)
     if len(calls) > int(given["AFTER"]):
+        if given["DIES"] == "HANG":
+            while True:  # signs of life go on
+                time.sleep(1)
         os.kill(os.getpid(), getattr(signal, given["DIES"]))
     return generate(*arguments, **named)  # type: ignore[arg-type]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import runpy
 import socket
 import time
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from dfu_mlflow.checkpoint import load_checkpoint
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
 
@@ -35,7 +38,7 @@ class Launch:
         self, change: Change, environment: Mapping[str, str] | None = None, dies: str = "", after: int = 0
     ) -> list[int]:
         """Run to the end; gives back the exit codes. `dies` is the signal that the last rank sends itself in
-        sampling, `after` so many batches."""
+        sampling, `after` so many batches; HANG sleeps there for good."""
         config = validate(RunConfig, merge(self.tree, change)).model_dump_json()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -78,6 +81,13 @@ CHANGE: Change = {
     "train": {"epochs": 2, "steps_per_epoch": STEPS // 2, "gradient_accumulation_steps": 2},
     "sampling": {"batch_size": 4},
     "runtime": {"timeout_s": 30},
+}
+
+ZERO2 = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
+    "DS_ACCELERATOR": "cpu",
 }
 
 
@@ -146,9 +156,11 @@ def test_a_rank_that_hangs_in_evaluation_ends_the_run_with_its_name(
     small_config_at: Callable[[Path], RunConfig], tmp_path: Path
 ) -> None:
     pair = Launch(small_config_at, tmp_path / "stuck", 2)
-    codes = pair(merge(CHANGE, {"runtime": {"timeout_s": 20}}), dies="SIGSTOP")
+    codes = pair(merge(CHANGE, {"runtime": {"timeout_s": 20}}), dies="HANG")
     assert codes[0] == 2
-    assert "rank 1 of 2" in pair.run().data.tags["exit.reason"]
+    reason = pair.run().data.tags["exit.reason"]
+    assert "rank 1 of 2 did not arrive at" in reason
+    assert "within 20 s" in reason
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(
@@ -161,15 +173,42 @@ def test_a_batch_that_cannot_be_shared_is_refused(
 def test_zero2_trains_checkpoints_resumes_and_evaluates(
     small_config_at: Callable[[Path], RunConfig], alone: Launch, tmp_path: Path
 ) -> None:
-    environment = {
-        "ACCELERATE_USE_DEEPSPEED": "true",
-        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
-        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
-        "DS_ACCELERATOR": "cpu",
-    }
     pair = Launch(small_config_at, tmp_path / "zero", 2)
     stopped = merge(CHANGE, {"resume": "latest", "checkpoint": {"every_steps": 6}})
-    assert pair(stopped, environment, dies="SIGKILL", after=2) == [2, -9]
-    assert pair(stopped, environment) == [0, 0]
+    assert pair(stopped, ZERO2, dies="SIGKILL", after=2) == [2, -9]
+    assert pair(stopped, ZERO2) == [0, 0]
     same(alone, pair, "step/loss", 1e-5)
     same(alone, pair, "eval/fd", 1e-4)
+
+
+def test_zero2_skips_a_step_that_is_not_finite_and_names_all_its_photographs(
+    small_config_at: Callable[[Path], RunConfig], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pair = Launch(small_config_at, tmp_path / "blown", 2)
+    train = {"learning_rate": 1e30, "max_nonfinite_steps": 2}  # the first update ends the network
+    change = merge(CHANGE, {"train": train, "checkpoint": {"every_steps": 1, "keep_last": 3}})
+    assert pair(change, ZERO2) == [2, 2]
+    told = [line for line in capfd.readouterr().err.splitlines() if "not finite for 2 steps in a row" in line]
+    assert len(told) == 2
+    for line in told:
+        assert "last at step 3 on " in line
+        assert "last good checkpoint: /" in line
+        names = line[line.index("last at step") : line.index("last good")]
+        assert len(set(re.findall(r"\S+\.png", names))) > 4, "one process has four of the step's eight"
+    before, after = (
+        load_checkpoint(next(pair.folder.glob(f"out/*/checkpoints/*{step}"))).weights for step in ("1", "2")
+    )
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_zero2_in_bf16_with_the_perceptual_term_learns_what_one_process_does(
+    small_config_at: Callable[[Path], RunConfig], tmp_path: Path
+) -> None:
+    term = {"loss": {"perceptual_loss": {"enabled": True, "max_timestep": 1000}}}
+    change = merge(merge(CHANGE, term), {"train": {"epochs": 1, "steps_per_epoch": 3, "mixed_precision": "bf16"}})
+    one, pair = Launch(small_config_at, tmp_path / "one", 1), Launch(small_config_at, tmp_path / "pair", 2)
+    assert one(change) == [0]
+    assert pair(change, ZERO2) == [0, 0]
+    same(one, pair, "step/loss", 1e-2)
+    ((_, share),) = pair.curve("train/grad_share_perceptual")  # the mean of each rank's own, so not that of one process
+    assert 0 < share < 1

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
+from dfu_mlflow.config import RunConfig
+from dfu_mlflow.engines import check_launch
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.launch import FOLDER, launch_command, launch_names
+from dfu_mlflow.pipeline import run_training
 
 
 @pytest.mark.parametrize("name", launch_names())
@@ -46,3 +49,26 @@ def test_a_launched_process_does_not_launch_again(monkeypatch: pytest.MonkeyPatc
     assert launch_command("ddp", "2", "cpu") is None
     monkeypatch.delenv("LOCAL_RANK")
     assert launch_command("none", "", "cpu") is None
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(UserError, match="--processes 3: each needs a GPU of its own, and there are 2"):
+        launch_command("ddp", "3", "auto")
+    assert launch_command("ddp", "2", "auto") is not None
+    assert launch_command("ddp", "3", "cpu") is not None
+
+
+def test_a_number_of_processes_that_do_not_run_is_refused(small_config: RunConfig) -> None:
+    runtime = small_config.runtime.model_copy(update={"num_processes": 4})
+    with pytest.raises(UserError, match=r"--runtime.num_processes 4, but 1 run: .* --launch ddp --processes 4"):
+        run_training(small_config.model_copy(update={"runtime": runtime}))
+
+
+def test_what_zero2_cannot_shard_is_refused_before_the_run(
+    small_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    train = small_config.train.model_copy(update={"optimizer": "adafactor"})
+    with pytest.raises(UserError, match=r"--train.optimizer adafactor .* needs --launch ddp"):
+        check_launch(train)
