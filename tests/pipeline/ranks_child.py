@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import redirect_stderr
 
 import mlflow
 import torch
@@ -39,6 +40,11 @@ def main(_: object) -> int:
     return 0
 
 
-code = entry.run(main, [])
+# The server that forks these processes keeps the terminal of the test that started it.
+with (
+    open(f"rank{os.environ.get('RANK', '0')}.err", "a", encoding="utf-8", buffering=1) as errors,
+    redirect_stderr(errors),
+):
+    code = entry.run(main, [])
 if code:
     raise SystemExit(code)

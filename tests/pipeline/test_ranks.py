@@ -162,11 +162,10 @@ def test_a_rank_that_hangs_in_evaluation_ends_the_run_with_its_name(
     assert "within 20 s" in reason
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(
-    small_config_at: Callable[[Path], RunConfig], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_batch_that_cannot_be_shared_is_refused(small_config_at: Callable[[Path], RunConfig], tmp_path: Path) -> None:
     assert Launch(small_config_at, tmp_path / "odd", 2)(merge(CHANGE, {"train": {"batch_size": 3}})) == [2, 2]
-    assert "--train.batch_size 3 cannot be shared equally by 2 processes: take 4" in capfd.readouterr().err
+    told = (tmp_path / "odd" / "rank0.err").read_text(encoding="utf-8")
+    assert "--train.batch_size 3 cannot be shared equally by 2 processes: take 4" in told
 
 
 def test_zero2_trains_checkpoints_resumes_and_evaluates(
