@@ -61,7 +61,7 @@ def overfitted(material: Material, steps: int) -> Weights:
     """The UNet after `steps` updates on one training photograph of each class: it gives them back."""
     pipe = load_base("tiny_sdxl")
     unet, latents = pipe.unet.requires_grad_(True).train(), material.train
-    rows = [int((latents.class_ids == class_id).nonzero()[0]) for class_id in range(3)]
+    rows = torch.tensor([int((latents.class_ids == class_id).nonzero()[0]) for class_id in range(3)])
     means = latents.moments[rows].chunk(2, dim=1)[0] * pipe.vae.config.scaling_factor
     optimizer = torch.optim.AdamW(unet.parameters(), 1e-3)
     source, ids = torch.Generator().manual_seed(0), torch.arange(12) % 3
