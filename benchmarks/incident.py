@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.zoo_faults import dead_term, in_place_of, metric_sees, trained_on, wrapped
+from benchmarks.zoo_components import dead_term, in_place_of, metric_sees, trained_on, wrapped
 from benchmarks.zoo_lab import Exhibit, Injection, Lab, Patch
 from dfu_mlflow import entry
 from dfu_mlflow.diagnosis.finding import Finding

@@ -43,7 +43,11 @@ class Engine:
         self.accelerator = accelerator
         self.weights = weights
         self.train = config.train
+        self._settle(unet)
         self.unet, self.optimizer = accelerator.prepare(unet, optimizer)
+
+    def _settle(self, unet: nn.Module) -> None:
+        """What has to be said before the network is prepared."""
 
     @property
     def scaler(self) -> Any:
@@ -94,15 +98,8 @@ class ZeroEngine(Engine):
 
     KEYS = ("exp_avg", "exp_avg_sq")
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        unet: nn.Module,
-        weights: Weights,
-        optimizer: torch.optim.Optimizer,
-        config: RunConfig,
-    ) -> None:
-        train = config.train
+    def _settle(self, unet: nn.Module) -> None:
+        train, accelerator = self.train, self.accelerator
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         settings["train_micro_batch_size_per_gpu"] = train.batch_size // accelerator.num_processes
         settings["gradient_accumulation_steps"] = train.gradient_accumulation_steps
@@ -112,8 +109,11 @@ class ZeroEngine(Engine):
         self.half = train.mixed_precision == "bf16"
         if self.half:  # as accelerate does without DeepSpeed; evaluations call the network itself
             unet.forward = convert_outputs_to_fp32(self._autocast(accelerator)(unet.forward))
-        super().__init__(accelerator, unet, weights, optimizer, config)
-        self.zero: Any = self.unet.optimizer
+
+    @property
+    def zero(self) -> Any:
+        """DeepSpeed's optimizer around ours."""
+        return self.unet.optimizer
 
     def no_sync(self) -> AbstractContextManager[None]:
         """ZeRO-2 hands gradients on at each backward pass."""

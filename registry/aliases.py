@@ -27,6 +27,8 @@ from dfu_mlflow.errors import UserError
 from registry.clean_process import SQLITE
 
 CHAMPION, PREVIOUS = "champion", "previous"
+GATE_TAG = "gate.status"
+"""Of a version that was judged."""
 REPLACED_TAG = "gate.replaced"
 """On a champion: the version it took the place of, so that going back works after a crash, and more than once."""
 TAG_CHARACTERS = 5000
@@ -91,7 +93,7 @@ def roll_back(name: str) -> tuple[int, int]:
         target = _predecessor(name, champion)
         if target is None:
             raise UserError(f"--rollback: {name} version {champion} is the first champion, nothing was there before")
-        write_tags(name, champion, {"gate.status": "rolled back"})
+        write_tags(name, champion, {GATE_TAG: "rolled back"})
         client.set_registered_model_alias(name, CHAMPION, str(target))
         before = _replaced(name, target)
         if before is None:

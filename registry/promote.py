@@ -20,7 +20,7 @@ from dfu_mlflow.errors import UserError
 from dfu_mlflow.evaluation_run import Origin
 from dfu_mlflow.preparation import Material
 from dfu_mlflow.subject import Subject, open_subject, with_settings
-from registry.aliases import CHAMPION, Overtaken, crown, roll_back, version_at, write_tags
+from registry.aliases import CHAMPION, GATE_TAG, Overtaken, crown, roll_back, version_at, write_tags
 from registry.card import with_gate
 from registry.clean_process import CleanTrial, try_version
 from registry.evaluate import configuration
@@ -253,7 +253,7 @@ def _answer_tags(answers: Sequence[Answer], status: str) -> dict[str, str]:
     }
     for answer in answers:
         tags |= {f"gate/{answer.clause}/{name}": repr(float(value)) for name, value in answer.figures.items()}
-    return tags | {"gate.status": status}
+    return tags | {GATE_TAG: status}
 
 
 def _describe(name: str, version: int, answers: Sequence[Answer]) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from playwright.sync_api import Browser, sync_playwright
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dfu_mlflow.base.load import EMBEDDED
@@ -111,3 +116,33 @@ def small_config_at(random_base: Path, photographs: Path) -> Callable[[Path], Ru
 def small_config(small_config_at: Callable[[Path], RunConfig], tmp_path: Path) -> RunConfig:
     """A run of a few steps on the random base."""
     return small_config_at(tmp_path)
+
+
+@pytest.fixture(scope="module")  # while it is open, no other test of the process can run an event loop
+def browser() -> Iterator[Browser]:
+    """Headless Chromium; without one on this machine the test is skipped."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine: install Debian's package `chromium`")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def wait_for() -> Callable[[str, subprocess.Popen[bytes]], None]:
+    """Waits until a server that was started answers at an address."""
+
+    def wait(url: str, server: subprocess.Popen[bytes]) -> None:
+        deadline_s = time.monotonic() + 240
+        while True:
+            assert server.poll() is None, "the server ended"
+            assert time.monotonic() < deadline_s, "the server did not answer"
+            try:
+                with urllib.request.urlopen(url, timeout=5):
+                    return
+            except OSError:
+                time.sleep(0.5)
+
+    return wait

@@ -16,7 +16,7 @@ from dfu_mlflow.interrupt import StopRequest
 from dfu_mlflow.participant import TrainingResult
 from dfu_mlflow.preparation import read_source
 from dfu_mlflow.runtime import provenance
-from registry.aliases import version_at
+from registry.aliases import GATE_TAG, version_at
 from registry.promote import PromoteOptions, promote, registered_version
 from registry.publish import publish
 from registry.source import locate
@@ -32,8 +32,6 @@ from tuning.winner import register_winner
 
 VERSION_TAG = "registered.version"
 """Of the study's run: what it registered when it was last ended, empty for nothing."""
-GATE_TAG = "gate.status"
-"""Of a version that was judged."""
 
 
 def tune(config_name: str, flags: Sequence[str]) -> list[str]:

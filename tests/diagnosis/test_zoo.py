@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import zoo_faults
+from benchmarks import zoo_components
 from benchmarks.incident import SETTINGS, components, mended
 from benchmarks.zoo import parse, plans, read_journal, table
 from benchmarks.zoo_faults import FAULTS, HEALTHY, PAIRS
@@ -72,9 +72,11 @@ def test_a_component_is_put_back_after_the_training(lab: Lab) -> None:
 def test_components_take_what_the_sound_ones_take(name: str, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """A component of another signature would end the run with an error instead of the fault."""
     kept: list[tuple[object, object]] = []
-    monkeypatch.setattr(
-        zoo_faults, "setattr", lambda target, name, value: kept.append((getattr(target, name), value)), raising=False
-    )
+
+    def keep(target: object, name: str, value: object) -> None:
+        kept.append((getattr(target, name), value))
+
+    monkeypatch.setattr(zoo_components, "setattr", keep, raising=False)
     for make in FAULTS[name]:
         for patch in make(lab, 0).patches:
             with patch():

@@ -10,9 +10,11 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 import yaml
 from mlflow.projects.utils import load_project
@@ -144,6 +146,15 @@ def test_every_entry_point_is_in_mlproject() -> None:
     assert modules == set(ENTRY_POINTS)
 
 
+@pytest.fixture
+def own_store(tmp_path: Path) -> Iterator[None]:
+    """Two processes that make the default store in one folder at once get in each other's way."""
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    yield
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.mark.usefixtures("own_store")
 @pytest.mark.parametrize(("entry", "name"), PARAMETERS)
 def test_declared_parameter_reaches_the_parser(entry: str, name: str) -> None:
     command = load_project(str(ROOT)).get_entry_point(entry).compute_command({name: "no such thing"}, None)

@@ -10,9 +10,9 @@ import os
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -140,7 +140,9 @@ def test_model_loads_in_a_clean_process(registered: RegisteredSampler, tmp_path:
 
 
 @pytest.mark.slow
-def test_model_is_served(registered: RegisteredSampler, tmp_path: Path) -> None:
+def test_model_is_served(
+    registered: RegisteredSampler, tmp_path: Path, wait_for: Callable[[str, subprocess.Popen[bytes]], None]
+) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -172,18 +174,6 @@ def test_model_is_served(registered: RegisteredSampler, tmp_path: Path) -> None:
     finally:
         server.terminate()
         server.wait(timeout=60)
-
-
-def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
-    deadline_s = time.monotonic() + 240
-    while True:
-        assert server.poll() is None, "the server ended"
-        assert time.monotonic() < deadline_s, "the server did not answer"
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.5)
 
 
 def post(url: str, columns: dict[str, list[str]], params: dict[str, int]) -> tuple[int, str]:

@@ -9,13 +9,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,21 +21,17 @@ from urllib.parse import urlencode
 import mlflow
 import pytest
 from mlflow import MlflowClient
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect
 
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
 from dfu_mlflow.pipeline import run_training
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SCREENSHOTS = os.environ.get("DFU_SCREENSHOTS")
 LOAD_MS = 60_000
 """MLflow's pages are megabytes of script: seconds on an idle core, a minute on a shared one."""
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: install Debian's package `chromium`"),
-]
+pytestmark = pytest.mark.slow
 
 RUNS = {
     "slow, guidance 3": {"train": {"learning_rate": 3e-4}},
@@ -76,7 +69,10 @@ def three_runs(config: RunConfig) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def tracked(
-    small_config_at: Callable[[Path], RunConfig], tmp_path_factory: pytest.TempPathFactory
+    browser: Browser,  # first: without one nothing needs to be trained
+    small_config_at: Callable[[Path], RunConfig],
+    wait_for: Callable[[str, subprocess.Popen[bytes]], None],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Tracked]:
     folder = tmp_path_factory.mktemp("pages")
     store = f"sqlite:///{folder / 'mlflow.db'}"
@@ -106,27 +102,6 @@ def tracked(
             os.killpg(server.pid, signal.SIGKILL)
             server.wait(timeout=60)
             mlflow.set_tracking_uri(None)
-
-
-def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
-    deadline_s = time.monotonic() + 240
-    while True:
-        assert server.poll() is None, "the server ended"
-        assert time.monotonic() < deadline_s, "the server did not answer"
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.5)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        # Chromium's sandbox refuses to start for root; the only page opened here is our own.
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
