@@ -42,6 +42,8 @@ STOCK = (
 PERCEPTUAL = {"loss.perceptual_loss.enabled": True}
 MANY = {"train.epochs": 7, "train.steps_per_epoch": 12}
 """Enough evaluations to see noise."""
+LONG = {"train.epochs": 3, "train.steps_per_epoch": 80}
+"""Enough updates for the classes to differ: before that guidance has nothing to push on, and 12 does no harm."""
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.68 GiB"
 CPU = "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8589934592"
 WATCHDOG = "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=41, OpType=ALLREDUCE) ran for 600000 ms"
@@ -79,8 +81,8 @@ FAULTS: Mapping[str, tuple[Make, Make]] = MappingProxyType(
             lambda lab, seed: Injection(patches=(not_finite(1, 50),)),
         ),
         "guidance_too_high": (
-            lambda lab, seed: Injection({"sampling.guidance_scale": 9.0}),
-            lambda lab, seed: Injection({"sampling.guidance_scale": 12.0}),
+            lambda lab, seed: Injection({**LONG, "sampling.guidance_scale": 9.0}),
+            lambda lab, seed: Injection({**LONG, "sampling.guidance_scale": 12.0}),
         ),
         "resolution_off_native": (
             lambda lab, seed: Injection({"data.resolution_px": 112, "train.steps_per_epoch": 20}),

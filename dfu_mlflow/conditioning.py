@@ -18,6 +18,8 @@ from dfu_mlflow.runtime import move
 from dfu_mlflow.types import Conditioning, Pipeline
 
 TOKENS = 77
+FED = "text_embeddings.safetensors"
+"""What training told the network, in a run's folder."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,19 @@ class Conditioner:
         embeddings = torch.where(dropped[:, None, None], self.empty_embeddings, self.embeddings[class_ids])
         pooled = torch.where(dropped[:, None], self.empty_pooled, self.pooled[class_ids])
         return Conditioning(embeddings, pooled, move(time_ids, device))
+
+    def fed(self) -> dict[str, torch.Tensor]:
+        """What training tells the network of each class and of a dropped caption, asked for as training asks.
+
+        Returns:
+            `embeddings` [K, L, D] and `pooled` [K, P], one row a class; `empty_embeddings` and `empty_pooled`, one row.
+        """
+        count = len(self.classes)
+        ids, time_ids = torch.arange(count), torch.zeros(count, 6)
+        kept, dropped = (self.training(ids, torch.full((count,), gone), time_ids) for gone in (False, True))
+        rows = {"embeddings": kept.embeddings, "pooled": kept.pooled}
+        rows |= {"empty_embeddings": dropped.embeddings[:1], "empty_pooled": dropped.pooled[:1]}
+        return {name: value.float().cpu().contiguous() for name, value in rows.items()}
 
     def sampling(self, class_ids: torch.Tensor) -> dict[str, Any]:
         """Arguments for the pipeline's call. class_ids: int64 [B]."""

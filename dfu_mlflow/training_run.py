@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from safetensors.torch import save_file
 
 from dfu_mlflow.base.adapters import trainable_fraction
 from dfu_mlflow.bundle import BundleSource, write_bundle
-from dfu_mlflow.conditioning import prompt_length
+from dfu_mlflow.conditioning import FED, prompt_length
 from dfu_mlflow.config.load import dump_yaml
 from dfu_mlflow.config.prompts import resolve_style
 from dfu_mlflow.config.schema import RunConfig
@@ -92,6 +93,8 @@ class TrainingRun(Participant):
         self.tracker.params(config, derived | {"metric_identity": identity})
         self.settings_shown = {name: str(value) for name, value in derived.items()}
         self.tracker.text("config.yaml", dump_yaml(config))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.parts.conditioner.fed(), self.folder / FED)  # for diagnosis
         hashes = {f"sha256.{part}": digest for part, digest in self.material.digests.items()}
         notes = {f"not_computed.{metric}": reason for metric, reason in self.panels.notes.items()}
         self.tracker.tags(provenance() | hashes | notes)

@@ -14,6 +14,7 @@ from mlflow.exceptions import MlflowException
 
 from dfu_mlflow.base.load import resolve_base
 from dfu_mlflow.checkpoint import CheckpointStore
+from dfu_mlflow.conditioning import FED
 from dfu_mlflow.config import RunConfig, flatten, preset_names
 from dfu_mlflow.config.load import Tree, merge, parse_flags, read_tree, validate
 from dfu_mlflow.config.section import Section
@@ -48,7 +49,7 @@ class DiagnoseOptions(Section):
     """Folder with a sub-folder of generated pictures for each class."""
     embeddings: Path | None = None
     """Safetensors with the text embeddings trained on: embeddings, pooled, empty_embeddings, empty_pooled; rows by
-    class."""
+    class. A run of this project keeps its own."""
     curves: Path | None = None
     """JSON of metric name -> {step: value}, what a foreign run logged."""
     weights: Literal["best", "live", "ema"] = "best"
@@ -180,9 +181,11 @@ def _bench(options: DiagnoseOptions, told: Told, config: RunConfig) -> Bench:
     shown: Shown = "live"
     updates: int | None = None
     files: WeightFiles | str
+    embeddings = options.embeddings
     try:
         if isinstance(folder, str):
             raise Lacking(folder)
+        embeddings = embeddings or _recorded(folder)
         folder, shown = _checkpoint_in(folder)
         updates = checkpoint_updates(folder)
         files = find_weights(folder, alpha)
@@ -193,7 +196,13 @@ def _bench(options: DiagnoseOptions, told: Told, config: RunConfig) -> Bench:
     elif isinstance(files, WeightFiles) and files.ema is not None and updates is None:
         shown = "ema"  # foreign trainers sample from the average where they keep one
     resolve_base(config.base_model)
-    return Bench(config, files, shown, options.images, options.embeddings, updates)
+    return Bench(config, files, shown, options.images, embeddings, updates)
+
+
+def _recorded(folder: Path) -> Path | None:
+    """The text embeddings that a run of this project trained on, from its folder or one of its checkpoints."""
+    places = (folder / FED, folder.parent.parent / FED)
+    return next((place for place in places if place.is_file()), None)
 
 
 def _checkpoint_in(folder: Path) -> tuple[Path, Shown]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import torch
 
 from dfu_mlflow.base.autoencoder import VaeEncoder
 from dfu_mlflow.base.load import load_base, part_digest
-from dfu_mlflow.conditioning import EmbeddingCache, encode_prompts, prompt_length
+from dfu_mlflow.conditioning import Conditioner, EmbeddingCache, encode_prompts, prompt_length
 from dfu_mlflow.config.prompts import DETAILED, MINIMAL, resolve_prompts
 from dfu_mlflow.config.schema import DataConfig, PromptsConfig
 from dfu_mlflow.data import RowCache
 from dfu_mlflow.data.dataset import encode_evaluation_latents
 from dfu_mlflow.data.load import load_split
 from dfu_mlflow.errors import UserError
+from dfu_mlflow.types import Conditioning
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,21 @@ def test_dropped_captions_train_what_sampling_calls_unconditional(pipe: Any) -> 
     assert torch.count_nonzero(told.embeddings[1]) == 0, "this base forces zeros for an empty prompt"
     assert torch.equal(told.embeddings[1:2], sampled["negative_prompt_embeds"])
     assert torch.equal(told.embeddings[2], conditioner.sampling(torch.tensor([2]))["prompt_embeds"][0])
+
+
+def test_what_training_was_told_is_recorded_as_training_asked_for_it(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    conditioner = encode_prompts(pipe, dict(MINIMAL), "")
+    fed = conditioner.fed()
+    assert torch.equal(fed["embeddings"], conditioner.embeddings)
+    assert torch.equal(fed["empty_pooled"], conditioner.empty_pooled)
+    sound = Conditioner.training
+
+    def doubled(self: Conditioner, *told: torch.Tensor) -> Conditioning:
+        right = sound(self, *told)
+        return replace(right, embeddings=2 * right.embeddings)
+
+    monkeypatch.setattr(Conditioner, "training", doubled)
+    assert torch.equal(conditioner.fed()["embeddings"], 2 * conditioner.embeddings)
 
 
 def test_a_base_that_does_not_force_zeros_drops_to_the_encoded_empty_prompt(pipe: Any) -> None:

@@ -8,16 +8,19 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import torch
 import yaml
 from mlflow import MlflowClient
+from safetensors.torch import load_file
 
 from dfu_mlflow.checkpoint import CheckpointStore
+from dfu_mlflow.conditioning import FED
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
 from dfu_mlflow.diagnosis.report import BUDGET_TAG
 from dfu_mlflow.participant import TrainingResult
 from dfu_mlflow.pipeline import run_training
-from registry.diagnose import DiagnoseOptions, run_diagnosis
+from registry.diagnose import DiagnoseOptions, build_case, run_diagnosis, tell_of_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,17 @@ def test_diagnose_reads_the_run_from_mlflow(ill: tuple[TrainingResult, str]) -> 
     assert tags["finding.ema_lag"] == "warning" or tags["finding.ema_lag"] == "blocker"
     assert tags["finding.nonfinite"] == "sound"
     assert {"diagnosis.html", "findings.json"} <= {file.path for file in MlflowClient().list_artifacts(result.run_id)}
+
+
+@pytest.mark.parametrize("inside", ["", "checkpoints/step-00000006"])
+def test_the_embeddings_trained_on_are_compared(inside: str, ill: tuple[TrainingResult, str]) -> None:
+    """A run keeps what it told the network; diagnosing the run or one of its checkpoints finds it."""
+    options = DiagnoseOptions(checkpoint=ill[0].folder / inside)
+    bench = build_case(options, tell_of_checkpoint(options, None), {}).bench
+    assert bench is not None
+    assert bench.embeddings == ill[0].folder / FED
+    kept = load_file(ill[0].folder / FED)
+    assert torch.equal(kept["pooled"], bench.material.conditioner.pooled)
 
 
 def test_a_cheap_look_never_replaces_a_full_one(ill: tuple[TrainingResult, str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dfu_mlflow.diagnosis.bench import Bench
+from dfu_mlflow.diagnosis.bench import Bench, Shown
 from dfu_mlflow.diagnosis.case import Case
 from dfu_mlflow.diagnosis.check import Check
 from dfu_mlflow.diagnosis.finding import Figure, Finding, Healthy
@@ -21,6 +21,8 @@ FAR = 0.6
 """The optimum is far below the setting when it is at most this share of it."""
 WORSE = 1.15
 """And the setting's kernel distance is at least this many times the optimum's."""
+LAGS = 0.5
+"""Share of the live weights' way below which their average is not swept."""
 HARMLESS = 4.0
 """Settings up to here are not swept: what little they cost buys agreement with the class."""
 
@@ -64,9 +66,10 @@ class GuidanceTooHigh(Check):
         real = FeatureRows(bench.photograph_features, ids, tuple(record.patient for record in held))
         colour = colour_statistics(bench.config.data.resolution_px, bench.material.device)
         wished = colour(bench.photographs).mean(0)
+        shown = self._moved(bench)
         replicates, colours = {}, {}
         for rung in wanted:
-            class_ids, images = bench.draw(bench.sampler(bench.shown, bench.settings(guidance_scale=rung)))
+            class_ids, images = bench.draw(bench.sampler(shown, bench.settings(guidance_scale=rung)))
             pixels = torch.from_numpy(images)
             pair = Pair(real, generated_rows(bench.extractor(pixels), class_ids))
             replicates[rung] = METRICS["kernel"].replicates(pair)["kid"]
@@ -85,6 +88,12 @@ class GuidanceTooHigh(Check):
         return self._finding(
             evidence, 0.95, f"KID is {gap.value:.3g} worse at guidance {scale:g} than at {best:g}, and", best
         )
+
+    def _moved(self, bench: Bench) -> Shown:
+        """The weights to sweep: what guidance does to an average that has hardly left the base says nothing."""
+        if bench.shown == "ema" and bench.movement("ema").displacement < LAGS * bench.movement("live").displacement:
+            return "live"
+        return bench.shown
 
     def _finding(self, evidence: dict[str, Figure], confidence: float, start: str, better: float) -> Finding:
         sentence = (

@@ -9,7 +9,6 @@ from dfu_mlflow.diagnosis.case import Case
 from dfu_mlflow.diagnosis.check import Check
 from dfu_mlflow.diagnosis.finding import Figure, Finding, Healthy
 from dfu_mlflow.metrics.extractors.pixels import STATISTICS, colour_statistics, value_signs
-from dfu_mlflow.metrics.kernel import kernel_distance
 from dfu_mlflow.metrics.value_range import range_signs
 from dfu_mlflow.runtime import derive_seed
 
@@ -18,6 +17,9 @@ ERRORS = 6.0
 MISSES = 0.02
 """And at least this much, of 1: kernels differ between machines in the last bits, not in these."""
 AGAIN = 48
+BLIND = 0.1
+"""Features tell a photograph from its negative when these lie farther apart than this, of the mean distance between
+photographs; the embedded features make 0.44 to 0.48."""
 
 
 class MetricInputBroken(Check):
@@ -76,12 +78,10 @@ class MetricInputBroken(Check):
         return None
 
     def _blind(self, bench: Bench, evidence: dict[str, Figure]) -> str | None:
-        """d(x, x) is nothing, and negatives are farther from photographs than photographs are from each other."""
+        """A photograph's negative lies far from it, measured by how far photographs lie from each other."""
         features = bench.photograph_features
-        half = len(features) // 2
-        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
-        one, other = features[order[:half]], features[order[half:]]
-        negative = bench.extractor(255 - bench.photographs[order[half:]])
-        apart, inverted = kernel_distance(one, other), kernel_distance(one, negative)
-        evidence |= {"kid_between_photographs": Figure(apart), "kid_of_negatives": Figure(inverted, "far above it")}
-        return None if inverted > abs(apart) else "the features do not tell negatives from photographs"
+        between = float(torch.pdist(features).mean())
+        own = float((features - bench.extractor(255 - bench.photographs)).norm(dim=1).mean())
+        ratio = own / between if between > 0 else 0.0
+        evidence["negative_distance"] = Figure(ratio, "about 0.5 of the distance between photographs")
+        return "the features do not tell negatives from photographs" if ratio < BLIND else None

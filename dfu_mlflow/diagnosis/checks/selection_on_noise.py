@@ -18,7 +18,8 @@ SCATTER = 0.03
 The founding run's 19 distances scattered by 0.09; evaluations of this project draw from equal seeds and scatter less.
 """
 TREND = 0.05
-"""p-value of Spearman's correlation with the epoch below which there is a trend to follow."""
+"""p-value of Spearman's correlation with the epoch below which there is a trend to follow. Where intervals are logged
+only a fall is one: a rise inside the best one's interval makes the first evaluation the luckiest."""
 
 
 class SelectionOnNoise(Check):
@@ -39,8 +40,9 @@ class SelectionOnNoise(Check):
         best = int(values.argmin())
         residual = values - np.polyval(np.polyfit(epochs, values, 1), epochs)
         scatter = float(residual.std(ddof=2) / abs(values.mean()))
-        p_value = float(stats.spearmanr(epochs, values).pvalue) if values.std() > 0 else 1.0
         within = self._within(case, name or "eval/kid", points, best)
+        side = "two-sided" if within is None else "less"
+        p_value = float(stats.spearmanr(epochs, values, alternative=side).pvalue) if values.std() > 0 else 1.0
         evidence = {
             "evaluations": Figure(float(len(values))),
             "best_epoch": Figure(float(epochs[best])),
@@ -55,9 +57,8 @@ class SelectionOnNoise(Check):
             "warning",
             0.8 if within is None else 0.9,
             evidence,
-            f"{len(values)} evaluations scatter by {100 * scatter:.0f} % without a trend, and epoch "
-            f"{epochs[best]:.0f} was "
-            "called the best: that is the luckiest draw. Draw more pictures, or choose by the validation loss.",
+            f"{len(values)} evaluations scatter by {100 * scatter:.0f} % without getting better, and epoch "
+            f"{epochs[best]:.0f} was called the best: that is the luckiest draw. Draw more pictures, or choose by the validation loss.",
             {"evaluation.best_metric": "val_loss"},
         )
 

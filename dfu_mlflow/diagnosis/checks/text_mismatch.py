@@ -26,8 +26,7 @@ NORMAL = 2.6
 
 class TextMismatch(Check):
     """Embeddings that the run trained on beside `pipe.encode_prompt`; where they are not at hand, whether the
-    fine-tuned
-    network understands a wrong encoding better than the right one."""
+    fine-tuned network understands a wrong encoding better than the right one."""
 
     id = "text_mismatch"
     needs = ("base", "prompts", "a file of embeddings, or the checkpoint and photographs")
