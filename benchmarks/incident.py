@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.zoo_components import dead_term, in_place_of, metric_sees, trained_on, wrapped
+from benchmarks.zoo_faults import LONG
 from benchmarks.zoo_lab import Exhibit, Injection, Lab, Patch
 from dfu_mlflow import entry
 from dfu_mlflow.diagnosis.finding import Finding
@@ -31,6 +32,7 @@ from dfu_mlflow.trainer import Score
 from dfu_mlflow.training_run import TrainingRun
 
 SETTINGS: Mapping[str, Any] = {
+    **LONG,
     "prompts.style": "detailed",
     "sampling.guidance_scale": 12.0,
     "ema.decay": 0.999,

@@ -130,6 +130,15 @@ FAULTS: dict[str, tuple[str, Callable[[Case], Case]]] = {
         "selection_on_noise",
         case({"eval/kid": epochs(*(2.25 * (1 + 0.09 * NOISE)))}),
     ),
+    "a rise inside the first one's interval": (
+        "selection_on_noise",
+        case(
+            {
+                "eval/kid": epochs(4.32, 5.14, 4.89, 5.08, 5.3, 5.26, 5.44),
+                "eval/kid_high": epochs(5.82, 6.89, 6.61, 6.87, 7.02, 6.96, 7.15),
+            }
+        ),
+    ),
     "few pictures": ("small_sample_fid", case(evaluation__samples=50, evaluation__best_metric="fid")),
     "same draws": ("same_noise_on_ranks", case(tags={"draws.rank0": "ab", "draws.rank1": "ab"})),
     "one seed": ("same_noise_on_ranks", case(runtime__num_processes=5, runtime__seed_by_rank=False)),

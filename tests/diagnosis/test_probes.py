@@ -100,6 +100,20 @@ def test_broken_pictures_are_found(
     assert isinstance(outcome, Finding if ill else Healthy)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_metric_that_knows_no_negatives_is_found_and_a_sound_one_is_not(seed: int, small_config: RunConfig) -> None:
+    bench = Bench(changed(small_config, {"seed": seed}), NO_WEIGHTS)
+    found = MetricInputBroken().run(Case("a run", flatten(bench.config), bench=bench, lacking={"curves": "none"}))
+    assert isinstance(found, Healthy)
+    extract = bench.extractor
+    bench.extractor = lambda images: extract(torch.minimum(images, 255 - images))  # type: ignore[assignment]
+    del bench.photograph_features
+    found = MetricInputBroken().run(Case("a run", flatten(bench.config), bench=bench, lacking={"curves": "none"}))
+    assert isinstance(found, Finding)
+    assert "do not tell negatives from photographs" in found.explanation
+
+
+
 def test_colours_that_the_metric_did_not_see_are_found(small_config: RunConfig) -> None:
     """What a wrapped array between sampler and metric leaves in the curves of the untouched base."""
     bench = Bench(small_config, NO_WEIGHTS)
