@@ -22,6 +22,8 @@ from typing import Any
 from benchmarks.zoo_faults import FAULTS, HEALTHY, PAIRS
 from benchmarks.zoo_lab import Exhibit, Injection, Lab
 from dfu_mlflow import entry
+from dfu_mlflow.diagnosis.diagnose import Diagnosis
+from dfu_mlflow.diagnosis.finding import Healthy
 from dfu_mlflow.errors import Interrupted
 
 STRENGTHS = ("weaker", "stronger")
@@ -95,10 +97,19 @@ def examine(lab: Lab, plan: Plan) -> dict[str, Any]:
     return plan.facts() | {
         "findings": findings,
         "unable": diagnosis.unable,
+        "own": own_figures(diagnosis, plan.name),
         "run_s": round(made - started, 1),
         "checks_s": spent,
         "diagnose_s": round(time.process_time() - made, 1),
     }
+
+
+def own_figures(diagnosis: Diagnosis, name: str) -> dict[str, Any]:
+    """What the fault's own check measured, where it found nothing."""
+    outcome = diagnosis.outcomes.get(name)
+    if not isinstance(outcome, Healthy):
+        return {}
+    return {figure: value.value for figure, value in outcome.evidence.items()}
 
 
 def told(entry_: Mapping[str, Any]) -> str:

@@ -32,7 +32,7 @@ class Evidence:
         first: there is no champion yet, and the rival is the untouched base.
         notes: metric -> why it was not computed.
         findings: of the training run, None where it holds none.
-        findings_budget: `cheap` or `full`, None where it is not known.
+        findings_budget: `cheap` or `full`, words where they are older than the run, None where it is not known.
     """
 
     trial: CleanTrial | None

@@ -15,7 +15,7 @@ from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import Tree, merge, parse_flags, read_tree
 from dfu_mlflow.config.section import Section
 from dfu_mlflow.contest import Contender, Contest, run_contest
-from dfu_mlflow.diagnosis.report import BUDGET_TAG
+from dfu_mlflow.diagnosis.report import BUDGET_TAG, UPDATES_TAG
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.evaluation_run import Origin
 from dfu_mlflow.preparation import Material
@@ -211,9 +211,14 @@ def _evidence(
 
 
 def findings_budget(run_id: str) -> str | None:
-    """How closely the run's findings were made, None where it does not say."""
-    told = MlflowClient().get_run(run_id).data.tags.get(BUDGET_TAG)
-    return None if told is None else str(told)
+    """How closely the run's findings were made; older ones than the run itself say so. None where it does not say."""
+    client = MlflowClient()
+    tags = client.get_run(run_id).data.tags
+    told, seen = tags.get(BUDGET_TAG), tags.get(UPDATES_TAG)
+    made = max((point.step for point in client.get_metric_history(run_id, "step/loss")), default=0)
+    if told is None or seen is None or int(seen) >= made:
+        return None if told is None else str(told)
+    return f"{told} but of update {seen}, and the run has made {made}"
 
 
 def read_findings(run_id: str) -> list[dict[str, Any]] | None:

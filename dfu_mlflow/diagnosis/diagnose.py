@@ -11,6 +11,7 @@ from dfu_mlflow.diagnosis.case import Case
 from dfu_mlflow.diagnosis.catalogue import CHECKS
 from dfu_mlflow.diagnosis.check import Check
 from dfu_mlflow.diagnosis.finding import CannotRun, Finding, Outcome
+from dfu_mlflow.diagnosis.lacking import Lacking
 from dfu_mlflow.diagnosis.ranking import ranked
 
 Budget = Literal["cheap", "full"]
@@ -24,11 +25,13 @@ class Diagnosis:
         findings: worst first.
         outcomes: check id -> what it answered, in the order the checks ran.
         budget: how closely was looked.
+        updates: optimizer updates that had been made, None where nothing says.
     """
 
     findings: tuple[Finding, ...]
     outcomes: dict[str, Outcome]
     budget: Budget = "full"
+    updates: int | None = None
 
     @property
     def unable(self) -> dict[str, str]:
@@ -59,4 +62,9 @@ def diagnose(
             continue
         between_checks(check.id)
         outcomes[check.id] = check.run(case)
-    return Diagnosis(tuple(ranked(each for each in outcomes.values() if isinstance(each, Finding))), outcomes, budget)
+    findings = ranked(each for each in outcomes.values() if isinstance(each, Finding))
+    try:
+        updates = case.updates()
+    except Lacking:
+        updates = None
+    return Diagnosis(tuple(findings), outcomes, budget, updates)

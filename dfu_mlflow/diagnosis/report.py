@@ -20,6 +20,8 @@ SHOWN = 5
 
 BUDGET_TAG = "diagnosis.budget"
 """How closely a run's `findings.json` was made: `cheap` or `full`."""
+UPDATES_TAG = "diagnosis.updates"
+"""After how many optimizer updates."""
 
 
 def findings_file(budget: str, before: str | None) -> str:
@@ -109,12 +111,13 @@ def prior_figures(diagnosis: Diagnosis) -> dict[str, float]:
 
 
 def finding_tags(diagnosis: Diagnosis) -> dict[str, str]:
-    """`finding.ID` -> severity, `finding.first` -> the worst one's id, and how closely was looked; a check that no
-    longer finds anything says so."""
+    """`finding.ID` -> severity, `finding.first` -> the worst one's id, how closely was looked and after how many
+    updates; a check that no longer finds anything says so."""
     tags = {f"finding.{name}": "sound" for name, each in diagnosis.outcomes.items() if isinstance(each, Healthy)}
     tags |= {f"finding.{each.id}": each.severity for each in diagnosis.findings}
     tags |= {name: f"{value:.4g}" for name, value in prior_figures(diagnosis).items()}
     first = diagnosis.findings[0].id if diagnosis.findings else "none"
+    tags |= {} if diagnosis.updates is None else {UPDATES_TAG: str(diagnosis.updates)}
     return tags | {"finding.first": first, BUDGET_TAG: diagnosis.budget}
 
 

@@ -66,7 +66,7 @@ def test_dropped_captions_train_what_sampling_calls_unconditional(pipe: Any) -> 
     assert torch.equal(told.embeddings[2], conditioner.sampling(torch.tensor([2]))["prompt_embeds"][0])
 
 
-def test_what_training_was_told_is_recorded_as_training_asked_for_it(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_training_is_told_is_recorded(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     conditioner = encode_prompts(pipe, dict(MINIMAL), "")
     fed = conditioner.fed()
     assert torch.equal(fed["embeddings"], conditioner.embeddings)

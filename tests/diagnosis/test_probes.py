@@ -113,7 +113,6 @@ def test_a_metric_that_knows_no_negatives_is_found_and_a_sound_one_is_not(seed: 
     assert "do not tell negatives from photographs" in found.explanation
 
 
-
 def test_colours_that_the_metric_did_not_see_are_found(small_config: RunConfig) -> None:
     """What a wrapped array between sampler and metric leaves in the curves of the untouched base."""
     bench = Bench(small_config, NO_WEIGHTS)

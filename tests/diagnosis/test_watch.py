@@ -21,6 +21,7 @@ from dfu_mlflow.diagnosis.report import BUDGET_TAG
 from dfu_mlflow.participant import TrainingResult
 from dfu_mlflow.pipeline import run_training
 from registry.diagnose import DiagnoseOptions, build_case, run_diagnosis, tell_of_checkpoint
+from registry.promote import findings_budget
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,9 @@ def test_a_cheap_look_never_replaces_a_full_one(ill: tuple[TrainingResult, str])
     assert client.get_run(result.run_id).data.tags[BUDGET_TAG] == "full"
     assert beside[0].is_file()
     assert json.loads(client_text(result.run_id, "findings-cheap.json"))[0]["id"] == "ema_lag"
+    assert findings_budget(result.run_id) == "full"
+    client.log_metric(result.run_id, "step/loss", 0.1, step=99)
+    assert findings_budget(result.run_id) == "full but of update 6, and the run has made 99"
 
 
 def client_text(run_id: str, name: str) -> str:

@@ -58,7 +58,8 @@ class SelectionOnNoise(Check):
             0.8 if within is None else 0.9,
             evidence,
             f"{len(values)} evaluations scatter by {100 * scatter:.0f} % without getting better, and epoch "
-            f"{epochs[best]:.0f} was called the best: that is the luckiest draw. Draw more pictures, or choose by the validation loss.",
+            f"{epochs[best]:.0f} was called the best: that is the luckiest draw. Draw more pictures, or choose by the "
+            "validation loss.",
             {"evaluation.best_metric": "val_loss"},
         )
 
