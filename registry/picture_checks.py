@@ -98,7 +98,7 @@ class PictureChecks:
         return verdicts
 
     def _colour(self, values: torch.Tensor) -> str:
-        """What is wrong with saturation, clipped share and contrast float64 [3]; empty where nothing is."""
+        """What is wrong with the colour statistics float64 [4]; empty where nothing is."""
         shown = dict(zip(STATISTICS, values.tolist(), strict=True))
         if not shown["contrast"] >= LOWEST_CONTRAST:
             return f"of one colour (contrast {shown['contrast']:.3f})"
@@ -112,7 +112,7 @@ class PictureChecks:
 
 
 def _fences(config: RunConfig, material: Material) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lowest and highest value of each statistic that a picture may have, float64 [3] each, from the training
+    """Lowest and highest value of each statistic that a picture may have, float64 [4] each, from the training
     photographs as the autoencoder gives them back."""
     statistics = colour_statistics(config.data.resolution_px, material.device)
     features = PhotographFeatures(statistics, config, material)

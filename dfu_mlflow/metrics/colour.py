@@ -15,7 +15,7 @@ from dfu_mlflow.metrics.pair import Pair
 
 
 def colour_figures(real: torch.Tensor, fake: torch.Tensor) -> dict[str, float]:
-    """Mean and distance of each of `STATISTICS`, of real [N, 3] and fake [M, 3]."""
+    """Mean and distance of each of `STATISTICS`, of real [N, 4] and fake [M, 4]."""
     figures = {}
     for column, name in enumerate(STATISTICS):
         shown, wanted = fake[:, column], real[:, column]

@@ -116,7 +116,7 @@ def test_a_metric_that_knows_no_negatives_is_found_and_a_sound_one_is_not(seed: 
 def test_colours_that_the_metric_did_not_see_are_found(small_config: RunConfig) -> None:
     """What a wrapped array between sampler and metric leaves in the curves of the untouched base."""
     bench = Bench(small_config, NO_WEIGHTS)
-    seen = {"saturation": 0.95, "clipped_share": 0.2, "contrast": 0.4}
+    seen = {"saturation": 0.95, "clipped_share": 0.2, "contrast": 0.4, "brightness": 0.5}
     curves = {f"eval/{name}": {0: value} for name, value in seen.items()}
     outcome = MetricInputBroken().run(Case("a run", flatten(small_config), curves, bench=bench))
     assert isinstance(outcome, Finding)

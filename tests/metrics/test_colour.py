@@ -17,9 +17,9 @@ def test_known_pictures() -> None:
     halves[:2] = 254
     halves[2:] = 1
     found = colour_statistics(4)(torch.stack([grey, red, halves]))
-    assert found[0].tolist() == pytest.approx([0.0, 0.0, 0.0], abs=1e-6)
-    assert found[1].tolist() == pytest.approx([1.0, 1.0, 0.0], abs=1e-6)
-    assert found[2].tolist() == pytest.approx([0.0, 0.0, 253 / 255 / 2], abs=1e-6)
+    assert found[0].tolist() == pytest.approx([0.0, 0.0, 0.0, 100 / 255], abs=1e-6)
+    assert found[1].tolist() == pytest.approx([1.0, 1.0, 0.0, 0.299], abs=1e-6)
+    assert found[2].tolist() == pytest.approx([0.0, 0.0, 253 / 255 / 2, 0.5], abs=1e-6)
 
 
 def test_saturation_is_scikit_images() -> None:
@@ -30,9 +30,9 @@ def test_saturation_is_scikit_images() -> None:
 
 def test_distance_is_the_mean_difference_of_sorted_values() -> None:
     generator = torch.Generator().manual_seed(0)
-    real, fake = (torch.rand(50, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    real, fake = (torch.rand(50, 4, generator=generator, dtype=torch.float64) for _ in range(2))
     figures = colour_figures(real, fake * 1.5)
-    for column, name in enumerate(("saturation", "clipped_share", "contrast")):
+    for column, name in enumerate(("saturation", "clipped_share", "contrast", "brightness")):
         expected = (real[:, column].sort().values - (fake[:, column] * 1.5).sort().values).abs().mean()
         assert figures[f"{name}_w1"] == pytest.approx(float(expected))
         assert figures[name] == pytest.approx(1.5 * float(fake[:, column].mean()))

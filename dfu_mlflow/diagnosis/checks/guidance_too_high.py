@@ -21,6 +21,8 @@ FAR = 0.6
 """The optimum is far below the setting when it is at most this share of it."""
 WORSE = 1.15
 """And the setting's kernel distance is at least this many times the optimum's."""
+EXCESSES = ("saturation", "clipped_share", "contrast")
+"""Colour statistics that too much guidance raises."""
 LAGS = 0.5
 """Share of the live weights' way below which their average is not swept."""
 HARMLESS = 4.0
@@ -49,7 +51,7 @@ class GuidanceTooHigh(Check):
 
     def _by_setting(self, case: Case, scale: float, evidence: dict[str, Figure]) -> Finding | Healthy:
         excess = 0
-        for name in STATISTICS:
+        for name in EXCESSES:
             shown, real = (case.curves.get(f"eval/{key}") for key in (name, f"{name}_real"))
             if shown and real:
                 value, usual = shown[max(shown)], real[max(real)]

@@ -11,7 +11,7 @@ BINS = 8
 """Levels a channel of the joint colour histogram."""
 JUMP = 180.0
 """Difference of neighbouring pixels, of 255, that wrapped values show everywhere and photographs almost nowhere."""
-STATISTICS = ("saturation", "clipped_share", "contrast")
+STATISTICS = ("saturation", "clipped_share", "contrast", "brightness")
 
 
 def pixel_values(device: torch.device | None = None) -> NetworkExtractor:
@@ -21,12 +21,13 @@ def pixel_values(device: torch.device | None = None) -> NetworkExtractor:
 
 
 def colour_statistics(size_px: int, device: torch.device | None = None) -> NetworkExtractor:
-    """Per picture, [N, 3]: mean saturation (HSV), share of clipped pixels, RMS contrast.
+    """Per picture, [N, 4]: mean saturation (HSV), share of clipped pixels, RMS contrast, brightness.
 
-    A pixel is clipped when a channel is 0 or 255; contrast is the deviation of the luma (ITU-R BT.601) over 255 (Peli
-    1990). All are in [0, 1]. Give the size the photographs have: resizing changes all three.
+    A pixel is clipped when a channel is 0 or 255; brightness is the mean of the luma (ITU-R BT.601) over 255, contrast
+    its deviation (Peli 1990). All are in [0, 1]. Give the size the photographs have: resizing changes the first three.
     """
-    return NetworkExtractor("colour", "1", size_px, 3).attach(_Colour(), device or torch.device("cpu"), 0.0, 1.0)
+    extractor = NetworkExtractor("colour", "2", size_px, len(STATISTICS))
+    return extractor.attach(_Colour(), device or torch.device("cpu"), 0.0, 1.0)
 
 
 def value_signs(size_px: int, device: torch.device | None = None) -> NetworkExtractor:
@@ -44,8 +45,8 @@ class _Colour(torch.nn.Module):
         saturation = torch.where(high > 0, (high - low) / high.clamp(min=1e-6), 0.0)
         clipped = ((high >= 255) | (low <= 0)).float()
         luma = (pixels * pixels.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1) / 255
-        means = [saturation.mean((1, 2)), clipped.mean((1, 2)), luma.flatten(1).std(1, correction=0)]
-        return torch.stack(means, 1)
+        contrast, brightness = luma.flatten(1).std(1, correction=0), luma.mean((1, 2))
+        return torch.stack([saturation.mean((1, 2)), clipped.mean((1, 2)), contrast, brightness], 1)
 
 
 class _Signs(torch.nn.Module):
