@@ -122,6 +122,17 @@ FAULTS: dict[str, tuple[str, Callable[[Case], Case]]] = {
         "weights_not_moving",
         case({"model/displacement": epochs(9e-4), "val/loss": {0: 0.507, 1: 0.502}}),
     ),
+    "weights slow, pictures where they were": (
+        "weights_not_moving",
+        case(
+            {
+                "model/displacement": epochs(4.5e-4, 5.5e-4),
+                "val/loss": {0: 0.543, 1: 0.520, 2: 0.514},
+                "eval/fd_progress": epochs(0.008, 0.02),
+                "eval/kid_progress": epochs(0.03, 0.05),
+            }
+        ),
+    ),
     "noisy validation": (
         "noisy_validation",
         case({"val/loss": {0: 0.12, **epochs(0.109, 0.095, 0.081, 0.095, 0.105, 0.074, 0.1)}}),
