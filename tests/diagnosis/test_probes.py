@@ -21,6 +21,7 @@ from dfu_mlflow.data import RowCache, encode_latents, evaluation_pixels
 from dfu_mlflow.diagnosis.bench import Bench
 from dfu_mlflow.diagnosis.case import Case
 from dfu_mlflow.diagnosis.check import Check
+from dfu_mlflow.diagnosis.checks.guidance_too_high import saturated
 from dfu_mlflow.diagnosis.checks.memorisation import Memorisation
 from dfu_mlflow.diagnosis.checks.metric_input_broken import MetricInputBroken
 from dfu_mlflow.diagnosis.checks.patient_leakage import PatientLeakage
@@ -121,6 +122,20 @@ def test_colours_that_the_metric_did_not_see_are_found(small_config: RunConfig) 
     outcome = MetricInputBroken().run(Case("a run", flatten(small_config), curves, bench=bench))
     assert isinstance(outcome, Finding)
     assert "drawn again" in outcome.explanation
+
+
+@pytest.mark.parametrize(
+    ("high", "low", "found"),
+    [(0.06, 0.01, True), (0.06, 0.05, False), (0.01, 0.005, False)],
+    ids=["clips", "clips at the lower one too", "hardly clips"],
+)
+def test_clipping_is_guidances_where_less_guidance_clips_less(high: float, low: float, found: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    at_scale, at_best = (
+        torch.tensor([0.4, clipped, 0.15, 0.4]) + 0.002 * torch.randn(48, 4, generator=generator)
+        for clipped in (high, low)
+    )
+    assert saturated(at_scale, at_best, torch.tensor([0.4, 0.002, 0.14, 0.4])) is found
 
 
 class Forgetful:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from dfu_mlflow.diagnosis.bench import Bench, Shown
@@ -11,6 +13,7 @@ from dfu_mlflow.diagnosis.finding import Figure, Finding, Healthy
 from dfu_mlflow.diagnosis.lacking import Lacking
 from dfu_mlflow.metrics.catalogue import METRICS
 from dfu_mlflow.metrics.extractors.pixels import STATISTICS, colour_statistics
+from dfu_mlflow.metrics.intervals import Replicates
 from dfu_mlflow.metrics.matching import FeatureRows
 from dfu_mlflow.metrics.pair import Pair, generated_rows
 
@@ -23,6 +26,12 @@ WORSE = 1.15
 """And the setting's kernel distance is at least this many times the optimum's."""
 EXCESSES = ("saturation", "clipped_share", "contrast")
 """Colour statistics that too much guidance raises."""
+CLIPPED, TWICE, SURE = 0.015, 2.0, 3.0
+"""Clipping is guidance's where its share exceeds the photographs' by so much, by so many times what it does at the
+better guidance, and differs from that by so many standard errors over equal seeds.
+
+Measured on the embedded base after 240 updates: 0.05 to 0.09 at guidance 12, 0.005 to 0.011 at 3, 0.002 in photographs.
+"""
 LAGS = 0.5
 """Share of the live weights' way below which their average is not swept."""
 HARMLESS = 4.0
@@ -59,37 +68,47 @@ class GuidanceTooHigh(Check):
                 excess += value > 1.15 * usual
         if scale <= USUAL:
             return Healthy(evidence)
-        return self._finding(evidence, 0.8 if excess >= 2 else 0.6, f"Guidance {scale:g} is above what", 3.0)
+        reason = f"Guidance {scale:g} is above what pipelines use: colours saturate and the prompt's cartoon wins."
+        return self._finding(evidence, 0.8 if excess >= 2 else 0.6, reason, 3.0)
 
     def _sweep(self, bench: Bench, scale: float, evidence: dict[str, Figure]) -> Finding | Healthy:
-        wanted = sorted({*(rung for rung in LADDER if rung < 0.9 * scale), scale})
+        ladder = sorted({*(rung for rung in LADDER if rung < 0.9 * scale), scale})
+        kid, colours = self._climb(bench, ladder)
+        evidence |= {f"kid_at_{rung:g}": Figure(kid[rung].value) for rung in ladder}
+        best = min((rung for rung in ladder if rung <= FAR * scale), key=lambda rung: kid[rung].value)
+        wished = colour_statistics(bench.config.data.resolution_px, bench.material.device)(bench.photographs).mean(0)
+        at_scale, at_best = (colours[rung].mean(0) for rung in (scale, best))
+        for name, here, there, photographs in zip(STATISTICS, at_scale, at_best, wished, strict=True):
+            evidence[name] = Figure(float(here), f"{photographs:.3g} in photographs, {there:.3g} at {best:g}")
+        evidence["best_guidance"] = Figure(best, f"of those up to {FAR * scale:.2g}")
+        gap = (kid[scale] - kid[best]).estimate()
+        worse = kid[scale].value > WORSE * kid[best].value
+        if worse and gap.low is not None and gap.low > 0:
+            reason = f"KID is {gap.value:.3g} worse at guidance {scale:g} than at {best:g}, and colours go with it."
+            return self._finding(evidence, 0.95, reason, best)
+        doubtful = worse or (scale > USUAL and gap.value > 0)
+        if doubtful and saturated(colours[scale], colours[best], wished):
+            reason = f"Pixels clip at guidance {scale:g} that do not at {best:g}, and KID is no better for it."
+            return self._finding(evidence, 0.85, reason, best)
+        return Healthy(evidence)
+
+    def _climb(
+        self, bench: Bench, ladder: Sequence[float]
+    ) -> tuple[dict[float, Replicates], dict[float, torch.Tensor]]:
+        """Kernel distance, and colour statistics [N, 4], of pictures from equal seeds at each guidance."""
         held = bench.material.source.split.held_out
         ids = torch.tensor([bench.classes.index(record.label) for record in held])
         real = FeatureRows(bench.photograph_features, ids, tuple(record.patient for record in held))
         colour = colour_statistics(bench.config.data.resolution_px, bench.material.device)
-        wished = colour(bench.photographs).mean(0)
         shown = self._moved(bench)
-        replicates, colours = {}, {}
-        for rung in wanted:
+        kid, colours = {}, {}
+        for rung in ladder:
             class_ids, images = bench.draw(bench.sampler(shown, bench.settings(guidance_scale=rung)))
             pixels = torch.from_numpy(images)
             pair = Pair(real, generated_rows(bench.extractor(pixels), class_ids))
-            replicates[rung] = METRICS["kernel"].replicates(pair)["kid"]
-            colours[rung] = colour(pixels).mean(0)
-            evidence[f"kid_at_{rung:g}"] = Figure(replicates[rung].value)
-        best = min(wanted, key=lambda rung: replicates[rung].value)
-        gap = (replicates[scale] - replicates[best]).estimate()
-        for column, name in enumerate(STATISTICS):
-            there = f"{float(wished[column]):.3g} in photographs, {float(colours[best][column]):.3g} at {best:g}"
-            evidence[name] = Figure(float(colours[scale][column]), there)
-        evidence["best_guidance"] = Figure(best, f"above {FAR * scale:.2g}")
-        clear = gap.low is not None and gap.low > 0
-        much = replicates[scale].value > WORSE * replicates[best].value
-        if best > FAR * scale or not clear or not much:
-            return Healthy(evidence)
-        return self._finding(
-            evidence, 0.95, f"KID is {gap.value:.3g} worse at guidance {scale:g} than at {best:g}, and", best
-        )
+            kid[rung] = METRICS["kernel"].replicates(pair)["kid"]
+            colours[rung] = colour(pixels)
+        return kid, colours
 
     def _moved(self, bench: Bench) -> Shown:
         """The weights to sweep: what guidance does to an average that has hardly left the base says nothing."""
@@ -97,16 +116,20 @@ class GuidanceTooHigh(Check):
             return "live"
         return bench.shown
 
-    def _finding(self, evidence: dict[str, Figure], confidence: float, start: str, better: float) -> Finding:
-        sentence = (
-            "pipelines use: colours saturate and the prompt's cartoon wins."
-            if start.endswith("what")
-            else "colours go with it."
-        )
-        return self.found(
-            "warning",
-            confidence,
-            evidence,
-            f"{start} {sentence} Nothing needs to be trained again: sample at {better:g}.",
-            {"sampling.guidance_scale": better},
-        )
+    def _finding(self, evidence: dict[str, Figure], confidence: float, reason: str, better: float) -> Finding:
+        said = f"{reason} Nothing needs to be trained again: sample at {better:g}."
+        return self.found("warning", confidence, evidence, said, {"sampling.guidance_scale": better})
+
+
+def saturated(high: torch.Tensor, low: torch.Tensor, photographs: torch.Tensor) -> bool:
+    """Is the clipping guidance's?
+
+    Args:
+        high, low: `colour_statistics` of pictures from equal seeds at the setting and at a lower guidance, [N, 4] each.
+        photographs: mean of the same over photographs, [4].
+    """
+    column = STATISTICS.index("clipped_share")
+    change = high[:, column] - low[:, column]
+    excess, other = (float(values[:, column].mean() - photographs[column]) for values in (high, low))
+    sure = float(change.mean()) > SURE * float(change.std()) / len(change) ** 0.5
+    return sure and excess > max(CLIPPED, TWICE * other)

@@ -26,7 +26,7 @@ ones 2 % a step at 1e-6."""
 
 
 class WeightsNotMoving(Check):
-    """Relative displacement, share of elements changed, and what was gained: a lower validation loss, nearer pictures."""
+    """Relative displacement, share of elements changed, and what was gained: a lower loss, nearer pictures."""
 
     id = "weights_not_moving"
     needs = ("model/displacement or base and checkpoint", "val/loss, if logged")
