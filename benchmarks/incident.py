@@ -101,7 +101,7 @@ def play(lab: Lab, number: int, seed: int, change: Mapping[str, Any], faulty: Se
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Play rounds until nothing above a note is found; 1 where that never comes."""
+    """Play rounds until nothing is found; 1 where that never comes."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.incident", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("outputs/incident"))
     parser.add_argument("--seed", type=int, default=0)
@@ -117,16 +117,16 @@ def main(arguments: Sequence[str]) -> int:
             played.append(play(lab, number, options.seed, change, faulty))
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(played[-1]) + "\n")
-        grave = [each for each in played[number]["findings"] if each["severity"] != "note"]
-        print(f"round {number}: {', '.join(each['id'] + ' ' + each['severity'] for each in grave) or 'nothing'}")
-        if not grave:
+        found = played[number]["findings"]
+        print(f"round {number}: {', '.join(each['id'] + ' ' + each['severity'] for each in found) or 'nothing'}")
+        if not found:
             return 0
         before = (change, faulty)
-        change, faulty = mended(grave[0], change, faulty)
+        change, faulty = mended(found[0], change, faulty)
         if (change, faulty) == before:
-            print(f"  acting on {grave[0]['id']} changes nothing: {grave[0]['fix'] or 'no setting mends it'}")
+            print(f"  acting on {found[0]['id']} changes nothing: {found[0]['fix'] or 'no setting mends it'}")
             return 1
-        print(f"  acted on {grave[0]['id']}: {grave[0]['fix'] or 'took the faulty component out'}", flush=True)
+        print(f"  acted on {found[0]['id']}: {found[0]['fix'] or 'took the faulty component out'}", flush=True)
     return 1
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.zoo_faults import FAULTS, HEALTHY, PAIRS
 from benchmarks.zoo_lab import Exhibit, Injection, Lab
 from dfu_mlflow import entry
-from dfu_mlflow.diagnosis.diagnose import Diagnosis
+from dfu_mlflow.diagnosis.diagnose import ENDED, Diagnosis
 from dfu_mlflow.diagnosis.finding import Healthy
 from dfu_mlflow.errors import Interrupted
 
@@ -122,7 +122,7 @@ def told(entry_: Mapping[str, Any]) -> str:
 def right(one: Mapping[str, Any]) -> bool:
     """Is what was put in named: a fault first, a pair in the top three, nothing above a note for a healthy run?"""
     names = [each["id"] for each in one["findings"]]
-    if "error" in one:
+    if "error" in one or any(reason.startswith(ENDED) for reason in one.get("unable", {}).values()):
         return False
     if one["kind"] == "fault":
         return bool(names) and names[0] == one["name"]

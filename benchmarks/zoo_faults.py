@@ -48,6 +48,11 @@ CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capaci
 CPU = "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8589934592"
 WATCHDOG = "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=41, OpType=ALLREDUCE) ran for 600000 ms"
 CAPTIONS = {"I": STOCK.format("inflammatory phase"), "P": STOCK.format("proliferative phase")}
+CLINICAL = {
+    "I": "diabetic foot ulcer with slough and a red, swollen margin",
+    "P": "diabetic foot ulcer with granulation tissue",
+    "R": "diabetic foot ulcer closed by new pale skin",
+}
 
 Make = Callable[[Lab, int], Injection]
 FAULTS: Mapping[str, tuple[Make, Make]] = MappingProxyType(
@@ -159,14 +164,14 @@ PAIRS = (
 HEALTHY: tuple[Mapping[str, Any], ...] = (
     {},
     {"adapter.method": "lora", "train.learning_rate": 3e-3},
-    {"train.learning_rate": 5e-4},
-    {"train.learning_rate": 2e-3},
+    {"data.classes": ["P"]},
+    {"sampling.guidance_scale": 7.5},
     {"sampling.guidance_scale": 1.5},
     {"sampling.guidance_scale": 5.0},
     {"ema.decay": 0.9, "ema.warmup": False, "evaluation.ema": True},
     {"evaluation.ema": True},
-    {"data.phantom.patients": 60},
-    {"data.phantom.patients": 28},
+    {"prompts.style": "custom", "prompts.phase_prompts": {**CLINICAL}},
+    {"data.phantom.patients": 20},
     {"train.lr_schedule": "constant"},
     {"train.lr_schedule": "linear", "train.gradient_accumulation_steps": 2, "train.batch_size": 4},
     {"ema.enabled": False},

@@ -63,6 +63,7 @@ class Bench:
         self.embeddings = embeddings
         self.updates = updates
         self.between_batches: Callable[[], None] = lambda: None
+        self._moved_unet: tuple[Shown, Any] | None = None
         self._movement: dict[Shown, Movement] = {}
         self._losses: dict[str, torch.Tensor] = {}
 
@@ -105,7 +106,7 @@ class Bench:
     @cached_property
     def base(self) -> Any:
         """The untouched base; it needs no photographs."""
-        if "material" in self.__dict__:
+        if self.has_base:  # one base in memory, on the device that everything else is on
             return self.material.pipe
         from dfu_mlflow.base.load import load_base
 
@@ -121,16 +122,11 @@ class Bench:
         return self._movement[shown]
 
     def unet(self, shown: Shown) -> Any:
-        """The base's UNet with the change added to it."""
-        return self._live_unet if shown == "live" else self._ema_unet
-
-    @cached_property
-    def _live_unet(self) -> Any:
-        return self._moved("live")
-
-    @cached_property
-    def _ema_unet(self) -> Any:
-        return self._moved("ema")
+        """The base's UNet with the change added to it; the other one is given up, for SDXL's two do not fit a card."""
+        if self._moved_unet is None or self._moved_unet[0] != shown:
+            self._moved_unet = None
+            self._moved_unet = (shown, self._moved(shown))
+        return self._moved_unet[1]
 
     def sampler(self, shown: Shown, settings: Settings | None = None) -> Sampler:
         """Draws with the fine-tuned weights, by the run's own settings."""
@@ -160,9 +156,11 @@ class Bench:
         """Class labels."""
         return self.material.source.split.classes
 
-    def draw(self, sampler: Sampler, count: int = PICTURES) -> tuple[torch.Tensor, np.ndarray]:
-        """Class ids [N] and pictures uint8 [N, H, W, 3] from fixed seeds, classes in turn."""
-        ids = torch.arange(max(count, 2 * len(self.classes))) % len(self.classes)
+    def draw(
+        self, sampler: Sampler, count: int = PICTURES, class_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, np.ndarray]:
+        """Class ids [N] and pictures uint8 [N, H, W, 3] from fixed seeds, classes in turn or as given."""
+        ids = torch.arange(max(count, 2 * len(self.classes))) % len(self.classes) if class_ids is None else class_ids
         seeds = [derive_seed(self.config.evaluation.seed, "diagnosis", number) for number in range(len(ids))]
         return ids, sampler.generate(ids, seeds, between_batches=self.between_batches)
 

@@ -13,8 +13,11 @@ from dfu_mlflow.diagnosis.check import Check
 from dfu_mlflow.diagnosis.finding import CannotRun, Finding, Outcome
 from dfu_mlflow.diagnosis.lacking import Lacking
 from dfu_mlflow.diagnosis.ranking import ranked
+from dfu_mlflow.errors import Interrupted
 
 Budget = Literal["cheap", "full"]
+ENDED = "ended with"
+"""How the reason of a check begins that raised what it should not."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,13 @@ def diagnose(
             outcomes[check.id] = CannotRun("a probe: left out by --budget cheap")
             continue
         between_checks(check.id)
-        outcomes[check.id] = check.run(case)
+        try:
+            outcomes[check.id] = check.run(case)
+        except Interrupted:
+            raise
+        except Exception as error:  # any: a defect, or a card that is too small, must not lose what the others found
+            told = " ".join(str(error).split())[:300]
+            outcomes[check.id] = CannotRun(f"{ENDED} {type(error).__name__}: {told}")
     findings = ranked(each for each in outcomes.values() if isinstance(each, Finding))
     try:
         updates = case.updates()

@@ -127,7 +127,7 @@ def changes(file: Path, unet: Any, alpha: float | None = None) -> dict[str, tupl
             raise Lacking(
                 f"{file.name} does not fit the base: {len(start) - len(same)} of {len(start)} tensors are missing"
             )
-        moved = {name: value - start[name].detach().to(value.dtype) for name, value in same.items()}
+        moved = {name: value - start[name].detach().to("cpu", value.dtype) for name, value in same.items()}
     unknown = sorted(set(moved) - set(start))
     if unknown or not moved:
         raise Lacking(

@@ -42,7 +42,8 @@ class EmaLag(Check):
         evidence = {name: Figure(coverage, f"above {LAGGING}; near 1 at the end of training"), **evidence}
         if dtype is not None:
             evidence["dtype"] = Figure(dtype, "float32")
-        rounded = dtype == "bfloat16" and float(case.settings.get("ema.decay", 1.0)) > 1 - BF16_SPACING
+        decay = float(case.settings.get("ema.decay", 1.0))
+        rounded = measured is None and dtype == "bfloat16" and decay > 1 - BF16_SPACING
         if coverage >= LAGGING and not rounded:
             return Healthy(evidence)
         return self._finding(case, evidence, coverage, measured is not None)
@@ -50,6 +51,8 @@ class EmaLag(Check):
     def _finding(self, case: Case, evidence: Evidence, coverage: float, measured: bool) -> Finding:
         judged_live = case.tags.get("best.weights") == "live"
         severity: Severity = "warning" if judged_live or coverage >= STUCK else "blocker"
+        if case.settings.get("evaluation.ema") is False:  # nobody looks at the average
+            severity = "note"
         lost = ""
         if "dtype" in evidence and evidence["dtype"].value == "bfloat16":
             lost = " It is kept in bfloat16, where most of its updates are rounded away."

@@ -50,20 +50,18 @@ class PromptPrior(Check):
 
     def _finding(self, evidence: dict[str, Figure], longest: Lint, measured: PriorReliance | None) -> Finding:
         hinders = measured is not None and measured.over_short.low > HINDERS
-        helps = measured is not None and measured.over_short.high < -HINDERS and measured.pull <= measured.pull_short
         told = ""
         if hinders:
             told = " On held-out photographs the base does worse with it than with the shortest prompt."
-        elif helps:
-            told = " On held-out photographs the base does no worse with it: it may stay."
+        elif measured is not None:
+            told = " On held-out photographs the base does no worse with it: it may stay, and be compared by `study`."
         cut = f", {longest.cut_off} of them cut off unread" if longest.cut_off else ""
         return self.found(
-            "note" if helps and not longest.cut_off else "warning",
+            "warning" if hinders or longest.cut_off or measured is None else "note",
             0.9 if hinders or longest.cut_off else 0.6,
             evidence,
             f"The longest prompt has {longest.tokens} tokens{cut}, with words for a look that the base draws by "
-            f"itself.{told} "
-            "Name the thing and its class, and let the photographs say the rest.",
+            f"itself.{told} Name the thing and its class, and let the photographs say the rest.",
             {"prompts.style": "minimal", "prompts.phase_prompts": None},
         )
 

@@ -14,6 +14,9 @@ Measured on the embedded base: 0.067 after 60 updates at 1e-3 (validation loss 0
 """
 AIM = 10 * SLOW
 """Displacement that the proposed rate is to reach: with Adam it grows with the rate."""
+MOST = 100.0
+"""Times that the rate is raised at most: beyond that the base's own scale is guessed."""
+EARLY = 0.2
 LEARNED = 0.02
 """Relative fall of the validation loss from which weights have moved enough, however little that is..."""
 NEARER = 0.1
@@ -36,8 +39,7 @@ class WeightsNotMoving(Check):
         """Small displacement is a fault only where little was learned by it."""
         evidence: dict[str, Figure] = {}
         changed = 1.0
-        if _updates(case) == 0:
-            raise Lacking("no update has been made yet")
+        self._require_time(case)
         if case.bench is not None and case.bench.has_weights:
             movement = case.bench.movement("live")
             moved, changed = movement.displacement, movement.changed_share
@@ -62,10 +64,24 @@ class WeightsNotMoving(Check):
             return Healthy(evidence)
         return self._finding(case, evidence, moved, changed)
 
+    def _require_time(self, case: Case) -> None:
+        """A run that goes on is not judged in its warm-up, nor in its first fifth."""
+        updates = _updates(case)
+        if updates == 0:
+            raise Lacking("no update has been made yet")
+        epochs, seen = case.settings.get("train.epochs"), case.curves.get("epoch")
+        if updates is None or not epochs or not seen or max(seen) >= int(epochs):
+            return
+        warmup = int(case.settings.get("train.warmup_steps") or 0)
+        if updates < 2 * warmup or max(seen) < EARLY * int(epochs):
+            raise Lacking(f"after {updates} updates, {warmup} of them of warm-up at most, it is too soon to tell")
+
     def _finding(self, case: Case, evidence: dict[str, Figure], moved: float, changed: float) -> Finding:
         rate = case.settings.get("train.learning_rate")
-        more = min(max(10.0, AIM / moved), 1000.0) if moved > 0 else 10.0
-        fix: dict[str, object] = {} if rate is None else {"train.learning_rate": float(f"{more * float(rate):.2g}")}
+        more = min(max(3.0, AIM / moved), MOST) if moved > 0 else 10.0
+        fix: dict[str, object] = {}
+        if rate is not None and moved < SLOW:
+            fix["train.learning_rate"] = float(f"{more * float(rate):.2g}")
         warmup = case.settings.get("train.warmup_steps")
         updates = _updates(case)
         if warmup and updates and int(warmup) > updates // 5:
