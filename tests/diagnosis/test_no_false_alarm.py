@@ -1,0 +1,81 @@
+"""What users really have, and no check should warn of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dfu_mlflow.diagnosis.case import Case
+from dfu_mlflow.diagnosis.check import Check
+from dfu_mlflow.diagnosis.checks.ema_lag import EmaLag
+from dfu_mlflow.diagnosis.checks.patient_leakage import shared_stems
+from dfu_mlflow.diagnosis.checks.weights_not_moving import WeightsNotMoving
+from dfu_mlflow.diagnosis.diagnose import ENDED, diagnose
+from dfu_mlflow.diagnosis.finding import CannotRun, Finding, Healthy
+from dfu_mlflow.errors import Interrupted
+from dfu_mlflow.types import Record
+
+
+def with_figures(sound: Case, curves: dict[str, dict[int, float]], **settings: Any) -> Case:
+    changed = {name.replace("__", "."): value for name, value in settings.items()}
+    return replace(sound, curves={**sound.curves, **curves}, settings={**sound.settings, **changed})
+
+
+def test_a_run_in_its_warm_up_is_not_accused_of_standing_still(sound: Case) -> None:
+    still = {"model/displacement": {1: 1.6e-4}, "epoch": {1: 1.0}, "step/loss": {19: 0.5}, "val/loss": {0: 0.5, 1: 0.5}}
+    young = with_figures(sound, still, train__epochs=30, train__warmup_steps=100)
+    assert isinstance(WeightsNotMoving().run(young), CannotRun)
+    over = with_figures(young, {"epoch": {30: 30.0}, "model/displacement": {30: 1.6e-4}})
+    assert isinstance(WeightsNotMoving().run(over), Finding)
+
+
+def test_an_average_that_follows_is_sound_however_it_is_stored(sound: Case) -> None:
+    follows = with_figures(sound, {"ema/coverage": {1: 0.97}}, ema__dtype="bfloat16", ema__decay=0.999)
+    assert isinstance(EmaLag().run(follows), Healthy)
+    guessed = with_figures(sound, {"ema/coverage": {}}, ema__dtype="bfloat16", ema__decay=0.9999, ema__warmup=False)
+    assert isinstance(EmaLag().run(with_figures(guessed, {"step/loss": {50_000: 0.5}})), Finding)
+
+
+def test_an_average_that_nobody_looks_at_is_worth_a_note(sound: Case) -> None:
+    lags = with_figures(sound, {"ema/coverage": {1: 0.03}}, ema__warmup=False, evaluation__ema=False)
+    found = EmaLag().run(lags)
+    assert isinstance(found, Finding)
+    assert found.severity == "note"
+
+
+@pytest.mark.parametrize(
+    ("name", "patients"),
+    [("IMG_2023011{}_{}.jpg", False), ("2023011{}_{}.jpg", False), ("P00{}_{}.jpg", True)],
+    ids=["a telephone's names", "a scanner's names", "a patient's names"],
+)
+def test_days_are_no_patients(name: str, patients: bool) -> None:
+    files = [Path(name.format(number % 9, 100_000 + number)) for number in range(40)]
+    records = [Record(file, "I", "nobody", "", (64, 64)) for file in files]
+    share, _ = shared_stems(records[:30], records[30:])
+    assert (share > 0) is patients
+
+
+class Broken(Check):
+    """Raises what no check should."""
+
+    id = "nonfinite"
+    needs = ("nothing",)
+    cost = "cheap"
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def examine(self, case: Case) -> Healthy:
+        raise self.error
+
+
+def test_one_checks_defect_loses_no_other_finding(sound: Case) -> None:
+    lags = with_figures(sound, {"ema/coverage": {1: 0.03}}, ema__warmup=False)
+    diagnosis = diagnose(lags, "cheap", checks=(Broken(RuntimeError("CUDA out of\n memory")), EmaLag()))
+    assert [each.id for each in diagnosis.findings] == ["ema_lag"]
+    assert diagnosis.unable["nonfinite"] == f"{ENDED} RuntimeError: CUDA out of memory"
+    with pytest.raises(Interrupted):
+        diagnose(lags, "cheap", checks=(Broken(Interrupted("stop")),))
