@@ -165,7 +165,7 @@ HEALTHY: tuple[Mapping[str, Any], ...] = (
     {},
     {"adapter.method": "lora", "train.learning_rate": 3e-3},
     {"data.classes": ["P"]},
-    {"sampling.guidance_scale": 7.5},
+    {"train.learning_rate": 2e-3},
     {"sampling.guidance_scale": 1.5},
     {"sampling.guidance_scale": 5.0},
     {"ema.decay": 0.9, "ema.warmup": False, "evaluation.ema": True},

@@ -64,7 +64,7 @@ def compare_runs(options: CompareOptions) -> tuple[Comparison, list[Path]]:
     folder.mkdir(parents=True, exist_ok=True)
     written = {"shared_causes.json": comparison.document(), "report.html": render(comparison_report(comparison))}
     best = next(run for run in attempts if attempts[run] is comparison.attempts[0])
-    plans = [cause.plan() for cause in comparison.causes if cause.confounded]
+    plans = [cause.plan() for cause in comparison.causes if cause.confounded and not cause.fixed]
     if plans:
         config = next(config for run, config in trained if run.info.run_id == best)
         written["best_run.yaml"] = dump_yaml(config.model_copy(update={"output_dir": Path("outputs/separate")}))

@@ -10,42 +10,8 @@ import optuna
 
 from dfu_mlflow.config import RunConfig, flatten
 from dfu_mlflow.config.load import merge, validate
-from dfu_mlflow.config.tuning import SearchRange
+from dfu_mlflow.config.tuning import SearchRange, is_fixed
 from dfu_mlflow.errors import ConfigError
-
-FIXED = (
-    "output_dir",
-    "resume",
-    "device",
-    "seed",
-    "train.mixed_precision",
-    "data.root",
-    "data.manifest",
-    "data.bounding_boxes",
-    "data.group_by",
-    "data.classes",
-    "data.resolution_px",
-    "data.box_margin_min",
-    "data.box_margin_max",
-    "data.validation_fraction",
-    "data.min_side_px",
-    "data.max_bad_fraction",
-    "data.cache_dir",
-    "sampling.batch_size",
-)
-FIXED_SECTIONS = (
-    "data.phantom.",
-    "tune.",
-    "tracking.",
-    "registry.",
-    "gates.",
-    "evaluation.",
-    "metrics.",
-    "memorisation.",
-    "utility.",
-)
-"""What must be the same in every trial and every run of a study, so that figures can be compared."""
-
 
 FREE_SECTIONS = ("tune.", "tracking.", "registry.", "checkpoint.")
 FREE = ("output_dir", "resume", "device", "data.cache_dir", "data.root", "data.manifest", "data.bounding_boxes")
@@ -57,11 +23,6 @@ def common_settings(config: RunConfig) -> dict[str, Any]:
     return {
         key: value for key, value in flatten(config).items() if key not in FREE and not key.startswith(FREE_SECTIONS)
     }
-
-
-def is_fixed(name: str) -> bool:
-    """Must a setting be the same throughout a study?"""
-    return name in FIXED or name.startswith(FIXED_SECTIONS)
 
 
 Values = dict[str, Any]

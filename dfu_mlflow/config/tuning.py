@@ -11,6 +11,44 @@ from dfu_mlflow.config.section import Positive, Section
 
 Choice = bool | int | float | str | None
 
+FIXED = (
+    "output_dir",
+    "resume",
+    "device",
+    "seed",
+    "train.mixed_precision",
+    "data.root",
+    "data.manifest",
+    "data.bounding_boxes",
+    "data.group_by",
+    "data.classes",
+    "data.resolution_px",
+    "data.box_margin_min",
+    "data.box_margin_max",
+    "data.validation_fraction",
+    "data.min_side_px",
+    "data.max_bad_fraction",
+    "data.cache_dir",
+    "sampling.batch_size",
+)
+FIXED_SECTIONS = (
+    "data.phantom.",
+    "tune.",
+    "tracking.",
+    "registry.",
+    "gates.",
+    "evaluation.",
+    "metrics.",
+    "memorisation.",
+    "utility.",
+)
+"""What must be the same in every trial and every run of a study, so that figures can be compared."""
+
+
+def is_fixed(name: str) -> bool:
+    """Must a setting be the same throughout a study?"""
+    return name in FIXED or name.startswith(FIXED_SECTIONS)
+
 
 class SearchRange(Section):
     """One setting's values: `low` to `high`, or `choices`.

@@ -8,7 +8,7 @@ from rich.table import Table as TerminalTable
 from rich.text import Text
 
 from dfu_mlflow.diagnosis.diagnose import Diagnosis
-from dfu_mlflow.diagnosis.finding import CannotRun, Figure, Finding, Healthy
+from dfu_mlflow.diagnosis.finding import CannotRun, Evidence, Figure, Finding, Healthy
 from dfu_mlflow.diagnosis.prior_reliance import RELIANCE
 from dfu_mlflow.report.document import Report, Section, Table
 from dfu_mlflow.report.figures import number
@@ -44,7 +44,7 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> Non
         for finding in diagnosis.findings:
             title = Text(f"{finding.id}\n{finding.severity}, {finding.confidence:.0%} sure", COLOURS[finding.severity])
             told = f"{finding.explanation}\n\n{fix_text(finding)}"
-            table.add_row(title, Text("\n".join(_lines(finding)[:SHOWN])), Text(told))
+            table.add_row(title, Text("\n".join(_measured(finding.evidence)[:SHOWN])), Text(told))
         console.print(table)
     else:
         console.print("Nothing found.")
@@ -59,7 +59,13 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> Non
 def diagnosis_section(diagnosis: Diagnosis) -> Section:
     """Findings with all their figures; what was found sound; what could not be looked at."""
     rows = tuple(
-        (each.id, f"{each.severity}, {each.confidence:.0%}", each.explanation, "; ".join(_lines(each)), fix_text(each))
+        (
+            each.id,
+            f"{each.severity}, {each.confidence:.0%}",
+            each.explanation,
+            "; ".join(_measured(each.evidence)),
+            fix_text(each),
+        )
         for each in diagnosis.findings
     )
     found = Table("Worst first.", ("finding", "severity, confidence", "meaning", "measured", "change"), rows)
@@ -132,12 +138,7 @@ def fix_text(finding: Finding) -> str:
     return " ".join(told)
 
 
-def _lines(finding: Finding) -> list[str]:
-    return _measured(finding.evidence)
-
-
-def _measured(evidence: object) -> list[str]:
-    assert isinstance(evidence, dict)
+def _measured(evidence: Evidence) -> list[str]:
     return [_line(name, figure) for name, figure in evidence.items()]
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
 
+from dfu_mlflow.config.tuning import is_fixed
 from dfu_mlflow.diagnosis.finding import SEVERITIES
 from dfu_mlflow.errors import UserError
 
@@ -109,6 +110,11 @@ class SharedCause:
                 section = next((name for name in FEATURES if trait.key.startswith(f"{name}.")), trait.key)
                 found.setdefault(section, []).append(trait)
         return found
+
+    @property
+    def fixed(self) -> list[str]:
+        """Settings among them that no study may change, for its figures could not be compared then."""
+        return [trait.key for trait in self.traits if trait.is_setting and is_fixed(trait.key)]
 
     def plan(self) -> dict[str, Any]:
         """A factorial for `study` that separates the factors; contents of a plan's YAML file."""

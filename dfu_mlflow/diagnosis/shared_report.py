@@ -49,10 +49,10 @@ def confounding(cause: SharedCause) -> str:
     """That factors changed together, and the two runs that would separate them."""
     names = list(cause.factors())
     listed = f"{', '.join(names[:-1])} and {names[-1]}"
-    return (
-        f"confounded: {listed} always changed together; no comparison of these runs can tell which it is. Separate "
-        f"them: {names[0]} as in the failing runs with the rest as in the others, and the reverse."
-    )
+    start = f"confounded: {listed} always changed together; no comparison of these runs can tell which it is."
+    if cause.fixed:
+        return f"{start} `study` cannot separate them: {', '.join(cause.fixed)} must be the same in all of its runs."
+    return f"{start} Separate them: {names[0]} as in the failing runs with the rest as in the others, and the reverse."
 
 
 def comparison_report(comparison: Comparison) -> Report:

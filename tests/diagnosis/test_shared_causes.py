@@ -75,6 +75,15 @@ def test_settings_that_always_changed_together_are_called_confounded_and_a_plan_
     }
 
 
+def test_what_no_study_may_change_gets_no_plan() -> None:
+    small = {"data.resolution_px": 64, "train.learning_rate": 1e-3}
+    large = {"data.resolution_px": 32, "train.learning_rate": 1e-4}
+    runs = [attempt(str(at), small if at < 3 else large, 0.1 if at < 3 else 0.5) for at in range(6)]
+    comparison = shared_causes(runs)
+    assert comparison.causes[0].fixed == ["data.resolution_px"]
+    assert any("`study` cannot separate them: data.resolution_px" in line for line in sentences(comparison))
+
+
 def test_settings_of_one_last_name_are_two_factors_and_what_is_drawn_is_none() -> None:
     much = {"train.batch_size": 8, "sampling.batch_size": 8, "seed": 1}
     little = {"train.batch_size": 2, "sampling.batch_size": 2, "seed": 0}

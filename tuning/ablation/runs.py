@@ -11,6 +11,7 @@ from typing import Any
 
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.study import WEIGHTS, Plan
+from dfu_mlflow.config.tuning import is_fixed
 from dfu_mlflow.documents import FORMAT, read_document
 from dfu_mlflow.errors import ConfigError
 from dfu_mlflow.evaluator import Measurement, assess, extract, flatten_reports
@@ -21,7 +22,7 @@ from dfu_mlflow.trainer import Score
 from dfu_mlflow.training_run import TrainingRun
 from tuning.ablation.design import Cell, Factor, cells
 from tuning.ablation.effects import Observation
-from tuning.space import is_fixed, with_values
+from tuning.space import with_values
 
 SAMPLING = "sampling."
 SEED = "seed"
