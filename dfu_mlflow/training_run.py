@@ -17,6 +17,7 @@ from dfu_mlflow.config.load import dump_yaml
 from dfu_mlflow.config.prompts import resolve_style
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.data import dataset_digest, evaluation_pixels
+from dfu_mlflow.diagnosis.case import STEPS_TAG
 from dfu_mlflow.diagnosis.diagnose import Diagnosis
 from dfu_mlflow.diagnosis.report import BUDGET_TAG, diagnosis_section, finding_tags, findings_file
 from dfu_mlflow.diagnosis.watch import Watch
@@ -97,7 +98,7 @@ class TrainingRun(Participant):
         save_file(self.parts.conditioner.fed(), self.folder / FED)  # for diagnosis
         hashes = {f"sha256.{part}": digest for part, digest in self.material.digests.items()}
         notes = {f"not_computed.{metric}": reason for metric, reason in self.panels.notes.items()}
-        self.tracker.tags(provenance() | hashes | notes)
+        self.tracker.tags(provenance() | hashes | notes | {STEPS_TAG: self.trainer.steps_per_epoch})
         for context, records in {"training": source.split.train, "evaluation": source.split.held_out}.items():
             counts = {label: sum(record.label == label for record in records) for label in source.split.classes}
             self.tracker.dataset(f"photographs-{context}", digest, _origin(config), counts, context)

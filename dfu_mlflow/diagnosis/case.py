@@ -13,6 +13,8 @@ Curves = Mapping[str, Mapping[int, float]]
 """Metric name -> step (or epoch) -> value."""
 DRAWS = "draws.rank"
 """Tags `draws.rank0`, `draws.rank1` ...: a digest of each rank's first draws."""
+STEPS_TAG = "steps_per_epoch"
+"""Tag: optimizer steps an epoch as the run counts them, which the configuration may leave to the data."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,28 @@ class Case:
             return max(self.curves["step/loss"])
         if self.bench is not None and self.bench.updates is not None:
             return self.bench.updates
+        return self.planned()
+
+    def planned(self) -> int:
+        """Optimizer updates of the whole run.
+
+        Raises:
+            Lacking: where nothing tells.
+        """
         if "train.total_steps" in self.settings:
             return int(self.settings["train.total_steps"])
-        per_epoch, epochs = self.settings.get("train.steps_per_epoch"), self.settings.get("train.epochs")
-        if per_epoch and epochs:
-            return int(per_epoch) * int(epochs)
-        raise Lacking("neither curves nor configuration say how many updates were made")
+        return self.steps_per_epoch() * int(self.setting("train.epochs"))
+
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps an epoch: as the run tells, else as configured.
+
+        Raises:
+            Lacking: where neither tells.
+        """
+        told = self.tags.get(STEPS_TAG) or self.settings.get("train.steps_per_epoch")
+        if not told:
+            raise Lacking("neither the run nor its configuration say how many steps an epoch has")
+        return int(told)
 
     def ranks(self) -> int:
         """Processes that trained together: as configured, or as many as told their draws, whichever is more.

@@ -12,9 +12,10 @@ import pytest
 
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
-from dfu_mlflow.diagnosis.case import Case, Life
+from dfu_mlflow.diagnosis.case import STEPS_TAG, Case, Life
+from dfu_mlflow.diagnosis.checks.rank_deadlock import at_evaluation
 from dfu_mlflow.diagnosis.diagnose import diagnose
-from dfu_mlflow.diagnosis.finding import Finding
+from dfu_mlflow.diagnosis.finding import CannotRun, Finding, Healthy
 from dfu_mlflow.diagnosis.ranking import ranked
 
 Points = Mapping[int, float]
@@ -273,3 +274,43 @@ def test_a_short_run_is_not_accused_of_a_dead_term(sound: Case) -> None:
     diagnosis = diagnose(short, "cheap")
     assert diagnosis.findings == ()
     assert "32%" in diagnosis.unable["dead_loss_term"]
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_an_unfinished_run_of_unknown_length_is_not_accused_of_its_schedule(ended: bool, sound: Case) -> None:
+    """Half a cosine is what half a run shows; of a finished one it is a fault."""
+    half = {step: 1e-3 * 0.5 * (1 + np.cos(np.pi * step / 660)) for step in range(1, 331)}
+    life = Life("FINISHED" if ended else "RUNNING", 60.0)
+    change = {"train__lr_schedule": "cosine", "train__steps_per_epoch": None}
+    ill = case({"step/lr": half}, life=life, **change)(sound)
+    assert isinstance(diagnose(ill, "cheap").outcomes["wrong_schedule"], Finding if ended else CannotRun)
+    told = replace(ill, tags={**ill.tags, STEPS_TAG: "110"}, settings={**ill.settings, "train.warmup_steps": 0})
+    assert isinstance(diagnose(told, "cheap").outcomes["wrong_schedule"], Healthy)
+
+
+@pytest.mark.parametrize(
+    ("step", "evaluated", "every", "wanted"),
+    [
+        (0, -1, 1, True),
+        (100, 0, 1, True),
+        (98, 0, 1, True),
+        (94, 0, 1, False),
+        (100, 1, 1, False),
+        (350, 2, 2, False),
+        (300, 2, 2, False),
+        (400, 2, 2, True),
+        (500, 4, 2, True),
+    ],
+)
+def test_the_last_step_says_whether_an_evaluation_was_due(
+    step: int, evaluated: int, every: int, wanted: bool, sound: Case
+) -> None:
+    """100 steps an epoch, 5 epochs, every fifth step logged; the configuration leaves the steps to the data."""
+    curves: dict[str, Points] = {"step/loss": {step: 0.5}, "epoch": {evaluated: 0.0} if evaluated >= 0 else {}}
+    change = {"train__steps_per_epoch": None, "train__epochs": 5, "evaluation__every_epochs": every}
+    assert at_evaluation(case(curves, {STEPS_TAG: "100"}, **change)(sound)) is wanted
+
+
+def test_without_the_steps_of_an_epoch_nobody_says_what_ran_out_of_memory(sound: Case) -> None:
+    ill = case(tags={"exit.reason": "CUDA out of memory"}, train__steps_per_epoch=None)(sound)
+    assert "how many steps an epoch has" in diagnose(ill, "cheap").unable["eval_oom"]

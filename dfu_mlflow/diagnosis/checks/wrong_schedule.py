@@ -23,17 +23,19 @@ class WrongSchedule(Check):
     cost = "cheap"
 
     def examine(self, case: Case) -> Finding | Healthy:
-        """Against the plan where it is known, else only whether a decaying schedule ended low."""
+        """Against the plan where it is known, else only whether a finished run's rate ended low."""
         rates = case.curve("step/lr", "train/lr", "lr")
         schedule = str(case.setting("train.lr_schedule"))
         if len(rates) < FEW:
             raise Lacking(f"{len(rates)} learning rates were logged, {FEW} are needed to see a schedule")
         peak = float(case.settings.get("train.learning_rate", max(rate for _, rate in rates)))
-        total = self._total(case)
+        total = self._planned(case)
         evidence = {"final_rate": Figure(rates[-1][1]), "peak_rate": Figure(peak)}
         if total is None:
             if schedule not in ("cosine", "linear"):
                 return Healthy(evidence)
+            if case.life is None or case.life.status != "FINISHED":
+                raise Lacking("neither the number of updates planned is known nor that the run has finished")
             share = rates[-1][1] / peak
             evidence["final_share"] = Figure(share, f"below {UNFINISHED}")
             return self._finding(evidence, 0.7) if share > UNFINISHED else Healthy(evidence)
@@ -58,8 +60,8 @@ class WrongSchedule(Check):
             {"train.gradient_accumulation_steps": 1},
         )
 
-    def _total(self, case: Case) -> int | None:
-        if "train.total_steps" in case.settings:
-            return int(case.settings["train.total_steps"])
-        per_epoch, epochs = case.settings.get("train.steps_per_epoch"), case.settings.get("train.epochs")
-        return int(per_epoch) * int(epochs) if per_epoch and epochs else None
+    def _planned(self, case: Case) -> int | None:
+        try:
+            return case.planned()
+        except Lacking:
+            return None
