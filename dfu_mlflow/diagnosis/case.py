@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,15 +65,16 @@ class Case:
         return self.settings[key]
 
     def curve(self, *names: str) -> list[tuple[int, float]]:
-        """Points of the first of these metrics that was logged, in order.
+        """Finite points of the first of these metrics that was logged, in order; `nonfinite` looks at the others.
 
         Raises:
             Lacking: where none was.
         """
         for name in names:
-            if self.curves.get(name):
-                return sorted(self.curves[name].items())
-        raise Lacking(self.lacking.get("curves", f"no {' or '.join(names)} was logged"))
+            points = [point for point in sorted(self.curves.get(name, {}).items()) if math.isfinite(point[1])]
+            if points:
+                return points
+        raise Lacking(self.lacking.get("curves", f"no finite {' or '.join(names)} was logged"))
 
     def last(self, *names: str) -> float:
         """Last value of such a metric; raises as `curve`."""

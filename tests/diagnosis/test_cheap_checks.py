@@ -107,6 +107,8 @@ FAULTS: dict[str, tuple[str, Callable[[Case], Case]]] = {
     ),
     "not finite": ("nonfinite", case(tags={"exit.reason": "user error: the gradient was not finite for 5 steps"})),
     "some steps skipped": ("nonfinite", case({"train/nonfinite_steps": {6: 30.0}})),
+    "one loss not a number": ("nonfinite", case({"train/loss": epochs(0.4, np.nan, 0.4)})),
+    "the loss ends as not a number": ("nonfinite", case({"step/loss": {1: 0.5, 2: 0.4, 3: np.nan}})),
     "schedule in micro-steps": (
         "wrong_schedule",
         case(
@@ -314,3 +316,15 @@ def test_the_last_step_says_whether_an_evaluation_was_due(
 def test_without_the_steps_of_an_epoch_nobody_says_what_ran_out_of_memory(sound: Case) -> None:
     ill = case(tags={"exit.reason": "CUDA out of memory"}, train__steps_per_epoch=None)(sound)
     assert "how many steps an epoch has" in diagnose(ill, "cheap").unable["eval_oom"]
+
+
+def test_a_loss_that_is_not_a_number_belongs_to_one_check(sound: Case) -> None:
+    """The first such step is told, and the checks that read the curve go by its other points."""
+    validation = {**sound.curves["val/loss"], 4: np.nan, 5: np.inf}
+    ill = case({"val/loss": validation}, evaluation__best_metric="val_loss")(sound)
+    diagnosis = diagnose(ill, "cheap")
+    assert [(each.id, each.severity) for each in diagnosis.findings] == [("nonfinite", "warning")]
+    assert diagnosis.findings[0].evidence["first_nonfinite val/loss"].value == 4
+    assert "4 validation losses" in diagnosis.unable["noisy_validation"]
+    lost = replace(ill, curves={"step/loss": {1: np.nan}})
+    assert diagnose(lost, "cheap").findings[0].severity == "blocker"
