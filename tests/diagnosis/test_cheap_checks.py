@@ -328,3 +328,29 @@ def test_a_loss_that_is_not_a_number_belongs_to_one_check(sound: Case) -> None:
     assert "4 validation losses" in diagnosis.unable["noisy_validation"]
     lost = replace(ill, curves={"step/loss": {1: np.nan}})
     assert diagnose(lost, "cheap").findings[0].severity == "blocker"
+
+
+def test_choosing_by_another_curve_ends_the_choice_among_noise(sound: Case) -> None:
+    ill = FAULTS["selection on noise"][1](sound)
+    (finding,) = diagnose(ill, "cheap").findings
+    assert finding.fix == {"evaluation.best_metric": "val_loss"}
+    mended = replace(ill, settings={**ill.settings, **finding.fix})
+    assert isinstance(diagnose(mended, "cheap").outcomes["selection_on_noise"], Healthy)
+    validation = {"val/loss": epochs(*(0.4 * (1 + 0.04 * NOISE)))}
+    still = diagnose(case(validation)(mended), "cheap").outcomes["selection_on_noise"]
+    assert isinstance(still, Finding)
+    assert still.fix == {"evaluation.validation_images": 128}
+
+
+@pytest.mark.parametrize(
+    ("values", "below", "wanted"),
+    [((0.2, 0.35, 0.3, 0.5, 0.6), 0.05, Healthy), ((0.6, 0.5, 0.64, 0.52, 0.57), 0.2, Finding)],
+)
+def test_a_figure_that_is_better_when_larger_is_read_that_way(
+    values: tuple[float, ...], below: float, wanted: type, sound: Case
+) -> None:
+    """A rise is a trend; a best one whose interval, which reaches down by `below`, holds all others is luck."""
+    curves = {"eval/coverage": epochs(*values), "eval/coverage_low": epochs(*(value - below for value in values))}
+    outcome = diagnose(case(curves, evaluation__best_metric="coverage")(sound), "cheap").outcomes["selection_on_noise"]
+    assert isinstance(outcome, wanted)
+    assert outcome.evidence["best_epoch"].value == 1 + values.index(max(values))
