@@ -17,7 +17,6 @@ from dfu_mlflow.config.load import dump_yaml
 from dfu_mlflow.config.prompts import resolve_style
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.data import dataset_digest, evaluation_pixels
-from dfu_mlflow.diagnosis.case import STEPS_TAG
 from dfu_mlflow.diagnosis.diagnose import Diagnosis
 from dfu_mlflow.diagnosis.report import BUDGET_TAG, diagnosis_section, finding_tags, findings_file
 from dfu_mlflow.diagnosis.watch import Watch
@@ -70,7 +69,7 @@ class TrainingRun(Participant):
         self.album = Album(folder / "grids", self.material.source.split.classes)
         self.settings_shown: dict[str, str] = {}
         self.console = Console(config.train.epochs, self.trainer.steps_per_epoch)
-        self.watch = Watch(config, self.trainer.steps_per_epoch)
+        self.watch = Watch(config, self.trainer.steps_per_epoch, len(self.material.source.split.classes))
         self.diagnosis: Diagnosis | None = None
         self.diagnosed = tracker.tag(BUDGET_TAG)  # a resumed run may have been diagnosed since
 
@@ -98,7 +97,7 @@ class TrainingRun(Participant):
         save_file(self.parts.conditioner.fed(), self.folder / FED)  # for diagnosis
         hashes = {f"sha256.{part}": digest for part, digest in self.material.digests.items()}
         notes = {f"not_computed.{metric}": reason for metric, reason in self.panels.notes.items()}
-        self.tracker.tags(provenance() | hashes | notes | {STEPS_TAG: self.trainer.steps_per_epoch})
+        self.tracker.tags(provenance() | hashes | notes | self.watch.facts)
         for context, records in {"training": source.split.train, "evaluation": source.split.held_out}.items():
             counts = {label: sum(record.label == label for record in records) for label in source.split.classes}
             self.tracker.dataset(f"photographs-{context}", digest, _origin(config), counts, context)

@@ -16,6 +16,8 @@ DRAWS = "draws.rank"
 """Tags `draws.rank0`, `draws.rank1` ...: a digest of each rank's first draws."""
 STEPS_TAG = "steps_per_epoch"
 """Tag: optimizer steps an epoch as the run counts them, which the configuration may leave to the data."""
+CLASSES_TAG = "classes"
+"""Tag: how many classes the run's photographs have."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,21 @@ class Case:
         if not told:
             raise Lacking("neither the run nor its configuration say how many steps an epoch has")
         return int(told)
+
+    def classes(self) -> int:
+        """Number of classes: as the run tells, else as the photographs or the written prompts do.
+
+        Raises:
+            Lacking: where none of them tells.
+        """
+        if CLASSES_TAG in self.tags:
+            return int(self.tags[CLASSES_TAG])
+        if self.bench is not None:
+            return len(self.bench.split.classes)
+        prompts = self.settings.get("prompts.phase_prompts")
+        if prompts:
+            return len(prompts)
+        raise Lacking("nothing says how many classes there are (tag classes, photographs or prompts.phase_prompts)")
 
     def ranks(self) -> int:
         """Processes that trained together: as configured, or as many as told their draws, whichever is more.

@@ -12,7 +12,7 @@ import pytest
 
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
-from dfu_mlflow.diagnosis.case import STEPS_TAG, Case, Life
+from dfu_mlflow.diagnosis.case import CLASSES_TAG, STEPS_TAG, Case, Life
 from dfu_mlflow.diagnosis.checks.rank_deadlock import at_evaluation
 from dfu_mlflow.diagnosis.diagnose import diagnose
 from dfu_mlflow.diagnosis.finding import CannotRun, Finding, Healthy
@@ -354,3 +354,15 @@ def test_a_figure_that_is_better_when_larger_is_read_that_way(
     outcome = diagnose(case(curves, evaluation__best_metric="coverage")(sound), "cheap").outcomes["selection_on_noise"]
     assert isinstance(outcome, wanted)
     assert outcome.evidence["best_epoch"].value == 1 + values.index(max(values))
+
+
+def test_chance_is_what_the_number_of_classes_makes_it(sound: Case) -> None:
+    """Four classes, of which two are drawn often enough for curves of their own; where nothing tells, none is said."""
+    curves = {"eval/I/kid": epochs(1.0), "eval/P/kid": epochs(1.0), "eval/class_accuracy": epochs(0.45)}
+    told = diagnose(case(curves, {CLASSES_TAG: "4"})(sound), "cheap").outcomes["class_ignored"]
+    assert isinstance(told, Healthy)
+    untold = replace(case(curves)(sound), tags={})
+    assert "how many classes" in diagnose(untold, "cheap").unable["class_ignored"]
+    prompts = dict.fromkeys("abcd", "a foot")
+    by_prompts = replace(untold, settings={**untold.settings, "prompts.phase_prompts": prompts})
+    assert by_prompts.classes() == 4

@@ -17,7 +17,7 @@ from dfu_mlflow.checkpoint import CheckpointStore
 from dfu_mlflow.conditioning import FED
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
-from dfu_mlflow.diagnosis.case import STEPS_TAG
+from dfu_mlflow.diagnosis.case import CLASSES_TAG, STEPS_TAG
 from dfu_mlflow.diagnosis.report import BUDGET_TAG
 from dfu_mlflow.participant import TrainingResult
 from dfu_mlflow.pipeline import run_training
@@ -64,7 +64,7 @@ def test_diagnose_reads_the_run_from_mlflow(ill: tuple[TrainingResult, str]) -> 
     tags = MlflowClient().get_run(result.run_id).data.tags
     assert tags["finding.ema_lag"] == "warning" or tags["finding.ema_lag"] == "blocker"
     assert tags["finding.nonfinite"] == "sound"
-    assert tags[STEPS_TAG] == "3"
+    assert (tags[STEPS_TAG], tags[CLASSES_TAG]) == ("3", "3")
     assert {"diagnosis.html", "findings.json"} <= {file.path for file in MlflowClient().list_artifacts(result.run_id)}
 
 

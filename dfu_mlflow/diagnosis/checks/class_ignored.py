@@ -69,8 +69,7 @@ class ClassIgnored(Check):
             value = case.last(f"{shown}/class_accuracy")
             ends = [case.curves.get(f"{shown}/class_accuracy_{end}") for end in ("low", "high")]
             low, high = (end[max(end)] if end else None for end in ends)
-            classes = {name.split("/")[1] for name in case.curves if name.startswith("eval/") and name.count("/") == 2}
-            return Estimate(value, low, high), case.last("eval/class_accuracy_reconstructed"), len(classes) or 3
+            return Estimate(value, low, high), case.last("eval/class_accuracy_reconstructed"), case.classes()
         return self._judged(case.ready())
 
     def _judged(self, bench: Bench) -> tuple[Estimate, float, int]:
