@@ -366,3 +366,15 @@ def test_chance_is_what_the_number_of_classes_makes_it(sound: Case) -> None:
     prompts = dict.fromkeys("abcd", "a foot")
     by_prompts = replace(untold, settings={**untold.settings, "prompts.phase_prompts": prompts})
     assert by_prompts.classes() == 4
+
+
+@pytest.mark.parametrize(("samples", "wanted"), [(1500, Healthy), (240, Finding)])
+def test_the_distance_that_chooses_is_judged(samples: int, wanted: type, sound: Case) -> None:
+    """1,280 dimensions, though Inception's 2,048 are logged beside them."""
+    curves = {"eval/fid": epochs(300.0, 200.0), "eval/fd": epochs(3.0, 2.0)}
+    ill = case(curves, evaluation__best_metric="fd", evaluation__samples=samples)(sound)
+    outcome = diagnose(ill, "cheap").outcomes["small_sample_fid"]
+    assert isinstance(outcome, wanted)
+    assert outcome.evidence["samples"].healthy == "above 1280"
+    if isinstance(outcome, Finding):
+        assert outcome.explanation.startswith("FD of 240 pictures")
