@@ -208,6 +208,15 @@ def test_a_change_is_one_that_the_configuration_takes(name: str, sound: Case) ->
         require_fix(finding)
 
 
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_change_changes_something(name: str, sound: Case) -> None:
+    """No finding tells a run to set what it has set; where nothing is left, the words say so."""
+    ill = FAULTS[name][1](sound)
+    for finding in diagnose(ill, "cheap").findings:
+        assert finding.fix or "No setting mends this" in finding.explanation, finding
+        assert not finding.fix.items() & ill.settings.items()
+
+
 def test_findings_json_holds_exactly_what_was_promised(sound: Case) -> None:
     content = json.loads(diagnose(FAULTS["ema by decay"][1](sound), "cheap").document())
     assert set(content[0]) == {"id", "severity", "confidence", "evidence", "explanation", "fix"}
@@ -378,3 +387,9 @@ def test_the_distance_that_chooses_is_judged(samples: int, wanted: type, sound: 
     assert outcome.evidence["samples"].healthy == "above 1280"
     if isinstance(outcome, Finding):
         assert outcome.explanation.startswith("FD of 240 pictures")
+
+
+def test_one_of_two_epochs_does_not_make_a_term_dominant(sound: Case) -> None:
+    """The lower of two is their median: one odd batch decides nothing."""
+    odd = case({"train/grad_share_perceptual": epochs(0.1, 0.9)}, **PERCEPTUAL)(sound)
+    assert isinstance(diagnose(odd, "cheap").outcomes["dominant_loss_term"], Healthy)

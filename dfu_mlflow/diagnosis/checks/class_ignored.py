@@ -59,8 +59,12 @@ class ClassIgnored(Check):
             "samples: the "
             "classes look alike. Give them prompts that differ in more than a word, and train text conditioning "
             "longer.",
-            {"prompts.dropout": 0.1, "sampling.guidance_scale": 3.0},
+            {"prompts.dropout": 0.1, "sampling.guidance_scale": 3.0, **self._longer(case)},
         )
+
+    def _longer(self, case: Case) -> dict[str, int]:
+        epochs = int(case.settings.get("train.epochs", 0))
+        return {"train.epochs": 2 * epochs} if epochs else {}
 
     def _accuracy(self, case: Case) -> tuple[Estimate, float, int]:
         """Of the samples with its interval, of photographs, and the number of classes."""
