@@ -65,6 +65,7 @@ class TrainingRun(Participant):
         super().__init__(config, equipment, ranks, folder, facts)
         self.supervisor = supervisor
         self.tracker = tracker
+        self.evaluator.between_batches = self.between_batches
         self.history = History(folder / "history.json")
         self.album = Album(folder / "grids", self.material.source.split.classes)
         self.settings_shown: dict[str, str] = {}
@@ -122,6 +123,11 @@ class TrainingRun(Participant):
         self.console.step(step, figures)
         if step % self.config.tracking.log_every_steps == 0:
             self.tracker.step(step, figures)
+
+    def between_batches(self) -> None:
+        """Between two batches of pictures: stop if asked to, else say that the run lives."""
+        self.ranks.check()
+        self.tracker.beat()
 
     def before_checkpoint(self) -> None:
         """What the checkpoint covers is stored first."""
