@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,6 +120,7 @@ class Evaluator:
         self.panels = panels
         self.config = config
         self.ranks = ranks
+        self.between_batches: Callable[[], None] = ranks.check  # the main rank of a run says there that it lives
         self.grid = ValidationGrid.build(
             material.held_out,
             float(material.pipe.vae.config.scaling_factor),
@@ -161,7 +162,7 @@ class Evaluator:
         sampler = Sampler(self.material.pipe, self.material.conditioner, settings or self.settings, batch_size)
 
         def drawn(rows: slice) -> torch.Tensor:
-            pictures = sampler.generate(class_ids[rows], seeds[rows], between_batches=self.ranks.check)
+            pictures = sampler.generate(class_ids[rows], seeds[rows], between_batches=self.between_batches)
             return torch.from_numpy(pictures)
 
         images = self.ranks.rows(len(seeds), batch_size, drawn, "sampling for evaluation")

@@ -94,7 +94,7 @@ class Progress:
     Attributes:
         step: optimizer steps done, skipped ones included.
         epoch: epochs begun; the epoch of the current step.
-        nonfinite: steps skipped so far because of a non-finite loss or gradient.
+        nonfinite: steps skipped so far because of a non-finite loss or gradient, fp16's search for its scale aside.
         nonfinite_in_row: such steps since the last good one.
         sums: running sums of the epoch's figures.
         evaluated: last epoch that was evaluated, -1 before the untouched base was.
@@ -235,10 +235,11 @@ class Trainer:
             for key, value in (figures | {"steps": 1.0}).items():
                 sums[key] = sums.get(key, 0.0) + value
             return
-        self.progress.nonfinite += 1
         scaler = self.accelerator.scaler
-        if scaler is None or scaler.get_scale() <= 1.0:  # above that fp16 is still finding its loss scale
-            self.progress.nonfinite_in_row += 1
+        if scaler is not None and scaler.get_scale() > 1.0 and math.isfinite(figures["loss"]):
+            return  # fp16 is still finding its loss scale
+        self.progress.nonfinite += 1
+        self.progress.nonfinite_in_row += 1
         if self.progress.nonfinite_in_row >= self.config.train.max_nonfinite_steps:
             good = self.store.complete()  # rank 0's: the others' folder is not the run's
             shares = self.ranks.everyone((names, good[-1] if good else "none"), "too many non-finite steps")

@@ -65,11 +65,12 @@ class TrainingRun(Participant):
         super().__init__(config, equipment, ranks, folder, facts)
         self.supervisor = supervisor
         self.tracker = tracker
+        self.evaluator.between_batches = self.between_batches
         self.history = History(folder / "history.json")
         self.album = Album(folder / "grids", self.material.source.split.classes)
         self.settings_shown: dict[str, str] = {}
         self.console = Console(config.train.epochs, self.trainer.steps_per_epoch)
-        self.watch = Watch(config, self.trainer.steps_per_epoch)
+        self.watch = Watch(config, self.trainer.steps_per_epoch, len(self.material.source.split.classes))
         self.diagnosis: Diagnosis | None = None
         self.diagnosed = tracker.tag(BUDGET_TAG)  # a resumed run may have been diagnosed since
 
@@ -97,7 +98,7 @@ class TrainingRun(Participant):
         save_file(self.parts.conditioner.fed(), self.folder / FED)  # for diagnosis
         hashes = {f"sha256.{part}": digest for part, digest in self.material.digests.items()}
         notes = {f"not_computed.{metric}": reason for metric, reason in self.panels.notes.items()}
-        self.tracker.tags(provenance() | hashes | notes)
+        self.tracker.tags(provenance() | hashes | notes | self.watch.facts)
         for context, records in {"training": source.split.train, "evaluation": source.split.held_out}.items():
             counts = {label: sum(record.label == label for record in records) for label in source.split.classes}
             self.tracker.dataset(f"photographs-{context}", digest, _origin(config), counts, context)
@@ -122,6 +123,11 @@ class TrainingRun(Participant):
         self.console.step(step, figures)
         if step % self.config.tracking.log_every_steps == 0:
             self.tracker.step(step, figures)
+
+    def between_batches(self) -> None:
+        """Between two batches of pictures: stop if asked to, else say that the run lives."""
+        self.ranks.check()
+        self.tracker.beat()
 
     def before_checkpoint(self) -> None:
         """What the checkpoint covers is stored first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,10 @@ Curves = Mapping[str, Mapping[int, float]]
 """Metric name -> step (or epoch) -> value."""
 DRAWS = "draws.rank"
 """Tags `draws.rank0`, `draws.rank1` ...: a digest of each rank's first draws."""
+STEPS_TAG = "steps_per_epoch"
+"""Tag: optimizer steps an epoch as the run counts them, which the configuration may leave to the data."""
+CLASSES_TAG = "classes"
+"""Tag: how many classes the run's photographs have."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +67,16 @@ class Case:
         return self.settings[key]
 
     def curve(self, *names: str) -> list[tuple[int, float]]:
-        """Points of the first of these metrics that was logged, in order.
+        """Finite points of the first of these metrics that was logged, in order; `nonfinite` looks at the others.
 
         Raises:
             Lacking: where none was.
         """
         for name in names:
-            if self.curves.get(name):
-                return sorted(self.curves[name].items())
-        raise Lacking(self.lacking.get("curves", f"no {' or '.join(names)} was logged"))
+            points = [point for point in sorted(self.curves.get(name, {}).items()) if math.isfinite(point[1])]
+            if points:
+                return points
+        raise Lacking(self.lacking.get("curves", f"no finite {' or '.join(names)} was logged"))
 
     def last(self, *names: str) -> float:
         """Last value of such a metric; raises as `curve`."""
@@ -86,12 +92,43 @@ class Case:
             return max(self.curves["step/loss"])
         if self.bench is not None and self.bench.updates is not None:
             return self.bench.updates
+        return self.planned()
+
+    def planned(self) -> int:
+        """Optimizer updates of the whole run.
+
+        Raises:
+            Lacking: where nothing tells.
+        """
         if "train.total_steps" in self.settings:
             return int(self.settings["train.total_steps"])
-        per_epoch, epochs = self.settings.get("train.steps_per_epoch"), self.settings.get("train.epochs")
-        if per_epoch and epochs:
-            return int(per_epoch) * int(epochs)
-        raise Lacking("neither curves nor configuration say how many updates were made")
+        return self.steps_per_epoch() * int(self.setting("train.epochs"))
+
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps an epoch: as the run tells, else as configured.
+
+        Raises:
+            Lacking: where neither tells.
+        """
+        told = self.tags.get(STEPS_TAG) or self.settings.get("train.steps_per_epoch")
+        if not told:
+            raise Lacking("neither the run nor its configuration say how many steps an epoch has")
+        return int(told)
+
+    def classes(self) -> int:
+        """Number of classes: as the run tells, else as the photographs or the written prompts do.
+
+        Raises:
+            Lacking: where none of them tells.
+        """
+        if CLASSES_TAG in self.tags:
+            return int(self.tags[CLASSES_TAG])
+        if self.bench is not None:
+            return len(self.bench.split.classes)
+        prompts = self.settings.get("prompts.phase_prompts")
+        if prompts:
+            return len(prompts)
+        raise Lacking("nothing says how many classes there are (tag classes, photographs or prompts.phase_prompts)")
 
     def ranks(self) -> int:
         """Processes that trained together: as configured, or as many as told their draws, whichever is more.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from dfu_mlflow.diagnosis.case import Case
@@ -28,11 +29,18 @@ class Check(ABC):
     cost: ClassVar[Cost]
 
     def run(self, case: Case) -> Outcome:
-        """Examine the case; what is not at hand becomes a reason, never an error."""
+        """Examine the case; what is not at hand becomes a reason, never an error.
+
+        A change tells only what differs from the run's settings.
+        """
         try:
-            return self.examine(case)
+            outcome = self.examine(case)
         except (Lacking, UserError) as reason:
             return CannotRun(" ".join(str(reason).split()))
+        if isinstance(outcome, Healthy):
+            return outcome
+        news = {key: value for key, value in outcome.fix.items() if (key, value) not in case.settings.items()}
+        return replace(outcome, fix=news)
 
     @abstractmethod
     def examine(self, case: Case) -> Finding | Healthy:

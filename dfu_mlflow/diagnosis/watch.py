@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dfu_mlflow.config import RunConfig, flatten
-from dfu_mlflow.diagnosis.case import Case
+from dfu_mlflow.diagnosis.case import CLASSES_TAG, STEPS_TAG, Case
 from dfu_mlflow.diagnosis.diagnose import Diagnosis, diagnose
 
 
@@ -15,10 +15,12 @@ class Watch:
     Args:
         config: the run's.
         steps_per_epoch: optimizer steps.
+        classes: how many there are.
     """
 
-    def __init__(self, config: RunConfig, steps_per_epoch: int) -> None:
-        self.settings = flatten(config) | {"train.steps_per_epoch": steps_per_epoch}
+    def __init__(self, config: RunConfig, steps_per_epoch: int, classes: int) -> None:
+        self.settings = flatten(config)
+        self.facts = {STEPS_TAG: str(steps_per_epoch), CLASSES_TAG: str(classes)}
         self.steps_per_epoch = steps_per_epoch
         self.told: set[str] = set()
 
@@ -33,7 +35,7 @@ class Watch:
             for name, value in figures.items():
                 curves.setdefault(name, {})[epoch] = value
             curves["step/loss"][epoch * self.steps_per_epoch] = figures.get("train/loss", 0.0)
-        diagnosis = diagnose(Case("this run", self.settings, curves), "cheap")
+        diagnosis = diagnose(Case("this run", self.settings, curves, self.facts), "cheap")
         grave = [each for each in diagnosis.findings if each.severity != "note"]
         news = [f"{each.severity} {each.id}: {each.explanation}" for each in grave if each.id not in self.told]
         self.told |= {each.id for each in grave}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -165,6 +166,19 @@ def test_nonfinite_steps_are_skipped_counted_and_then_stop_the_run(small_config:
     assert trainer.progress.nonfinite == 2
     for name, value in clones(trainer).items():
         assert torch.equal(value, before[name]), f"{name} was changed by a skipped step"
+
+
+def test_the_search_for_a_loss_scale_is_no_fault(small_config: RunConfig, tmp_path: Path) -> None:
+    """Counted are steps whose loss itself is broken, or that overflow at a scale that cannot be the reason."""
+    trainer = build(small_config, tmp_path)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    trainer.account({"loss": 0.5}, math.inf, [])
+    assert (trainer.progress.step, trainer.progress.nonfinite, trainer.progress.nonfinite_in_row) == (1, 0, 0)
+    trainer.account({"loss": math.nan}, math.nan, [])
+    assert (trainer.progress.nonfinite, trainer.progress.nonfinite_in_row) == (1, 1)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    trainer.account({"loss": 0.5}, math.inf, [])
+    assert trainer.epoch_figures()["train/nonfinite_steps"] == 2.0
 
 
 def test_perceptual_term_has_gradient_and_a_dead_one_is_seen(small_config: RunConfig, tmp_path: Path) -> None:

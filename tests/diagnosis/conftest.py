@@ -29,4 +29,6 @@ def sound() -> Case:
     config = RunConfig.model_validate(
         {"train": {"lr_schedule": "constant", "epochs": 6, "steps_per_epoch": 110, "learning_rate": 1e-3}}
     )
-    return Case("healthy", flatten(config), CURVES, {"exit.reason": "finished"}, Life("FINISHED", 3600.0))
+    return Case(
+        "healthy", flatten(config), CURVES, {"exit.reason": "finished", "classes": "3"}, Life("FINISHED", 3600.0)
+    )

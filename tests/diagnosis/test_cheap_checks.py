@@ -12,9 +12,10 @@ import pytest
 
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
-from dfu_mlflow.diagnosis.case import Case, Life
+from dfu_mlflow.diagnosis.case import CLASSES_TAG, STEPS_TAG, Case, Life
+from dfu_mlflow.diagnosis.checks.rank_deadlock import at_evaluation
 from dfu_mlflow.diagnosis.diagnose import diagnose
-from dfu_mlflow.diagnosis.finding import Finding
+from dfu_mlflow.diagnosis.finding import CannotRun, Finding, Healthy
 from dfu_mlflow.diagnosis.ranking import ranked
 
 Points = Mapping[int, float]
@@ -106,6 +107,8 @@ FAULTS: dict[str, tuple[str, Callable[[Case], Case]]] = {
     ),
     "not finite": ("nonfinite", case(tags={"exit.reason": "user error: the gradient was not finite for 5 steps"})),
     "some steps skipped": ("nonfinite", case({"train/nonfinite_steps": {6: 30.0}})),
+    "one loss not a number": ("nonfinite", case({"train/loss": epochs(0.4, np.nan, 0.4)})),
+    "the loss ends as not a number": ("nonfinite", case({"step/loss": {1: 0.5, 2: 0.4, 3: np.nan}})),
     "schedule in micro-steps": (
         "wrong_schedule",
         case(
@@ -205,6 +208,15 @@ def test_a_change_is_one_that_the_configuration_takes(name: str, sound: Case) ->
         require_fix(finding)
 
 
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_change_changes_something(name: str, sound: Case) -> None:
+    """No finding tells a run to set what it has set; where nothing is left, the words say so."""
+    ill = FAULTS[name][1](sound)
+    for finding in diagnose(ill, "cheap").findings:
+        assert finding.fix or "No setting mends this" in finding.explanation, finding
+        assert not finding.fix.items() & ill.settings.items()
+
+
 def test_findings_json_holds_exactly_what_was_promised(sound: Case) -> None:
     content = json.loads(diagnose(FAULTS["ema by decay"][1](sound), "cheap").document())
     assert set(content[0]) == {"id", "severity", "confidence", "evidence", "explanation", "fix"}
@@ -273,3 +285,111 @@ def test_a_short_run_is_not_accused_of_a_dead_term(sound: Case) -> None:
     diagnosis = diagnose(short, "cheap")
     assert diagnosis.findings == ()
     assert "32%" in diagnosis.unable["dead_loss_term"]
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_an_unfinished_run_of_unknown_length_is_not_accused_of_its_schedule(ended: bool, sound: Case) -> None:
+    """Half a cosine is what half a run shows; of a finished one it is a fault."""
+    half = {step: 1e-3 * 0.5 * (1 + np.cos(np.pi * step / 660)) for step in range(1, 331)}
+    life = Life("FINISHED" if ended else "RUNNING", 60.0)
+    change = {"train__lr_schedule": "cosine", "train__steps_per_epoch": None}
+    ill = case({"step/lr": half}, life=life, **change)(sound)
+    assert isinstance(diagnose(ill, "cheap").outcomes["wrong_schedule"], Finding if ended else CannotRun)
+    told = replace(ill, tags={**ill.tags, STEPS_TAG: "110"}, settings={**ill.settings, "train.warmup_steps": 0})
+    assert isinstance(diagnose(told, "cheap").outcomes["wrong_schedule"], Healthy)
+
+
+@pytest.mark.parametrize(
+    ("step", "evaluated", "every", "wanted"),
+    [
+        (0, -1, 1, True),
+        (100, 0, 1, True),
+        (98, 0, 1, True),
+        (94, 0, 1, False),
+        (100, 1, 1, False),
+        (350, 2, 2, False),
+        (300, 2, 2, False),
+        (400, 2, 2, True),
+        (500, 4, 2, True),
+    ],
+)
+def test_the_last_step_says_whether_an_evaluation_was_due(
+    step: int, evaluated: int, every: int, wanted: bool, sound: Case
+) -> None:
+    """100 steps an epoch, 5 epochs, every fifth step logged; the configuration leaves the steps to the data."""
+    curves: dict[str, Points] = {"step/loss": {step: 0.5}, "epoch": {evaluated: 0.0} if evaluated >= 0 else {}}
+    change = {"train__steps_per_epoch": None, "train__epochs": 5, "evaluation__every_epochs": every}
+    assert at_evaluation(case(curves, {STEPS_TAG: "100"}, **change)(sound)) is wanted
+
+
+def test_without_the_steps_of_an_epoch_nobody_says_what_ran_out_of_memory(sound: Case) -> None:
+    ill = case(tags={"exit.reason": "CUDA out of memory"}, train__steps_per_epoch=None)(sound)
+    assert "how many steps an epoch has" in diagnose(ill, "cheap").unable["eval_oom"]
+
+
+def test_a_loss_that_is_not_a_number_belongs_to_one_check(sound: Case) -> None:
+    """The first such step is told, and the checks that read the curve go by its other points."""
+    validation = {**sound.curves["val/loss"], 4: np.nan, 5: np.inf}
+    ill = case({"val/loss": validation}, evaluation__best_metric="val_loss")(sound)
+    diagnosis = diagnose(ill, "cheap")
+    assert [(each.id, each.severity) for each in diagnosis.findings] == [("nonfinite", "warning")]
+    assert diagnosis.findings[0].evidence["first_nonfinite val/loss"].value == 4
+    assert "4 validation losses" in diagnosis.unable["noisy_validation"]
+    lost = replace(ill, curves={"step/loss": {1: np.nan}})
+    assert diagnose(lost, "cheap").findings[0].severity == "blocker"
+
+
+def test_choosing_by_another_curve_ends_the_choice_among_noise(sound: Case) -> None:
+    ill = FAULTS["selection on noise"][1](sound)
+    (finding,) = diagnose(ill, "cheap").findings
+    assert finding.fix == {"evaluation.best_metric": "val_loss"}
+    mended = replace(ill, settings={**ill.settings, **finding.fix})
+    assert isinstance(diagnose(mended, "cheap").outcomes["selection_on_noise"], Healthy)
+    validation = {"val/loss": epochs(*(0.4 * (1 + 0.04 * NOISE)))}
+    still = diagnose(case(validation)(mended), "cheap").outcomes["selection_on_noise"]
+    assert isinstance(still, Finding)
+    assert still.fix == {"evaluation.validation_images": 128}
+
+
+@pytest.mark.parametrize(
+    ("values", "below", "wanted"),
+    [((0.2, 0.35, 0.3, 0.5, 0.6), 0.05, Healthy), ((0.6, 0.5, 0.64, 0.52, 0.57), 0.2, Finding)],
+)
+def test_a_figure_that_is_better_when_larger_is_read_that_way(
+    values: tuple[float, ...], below: float, wanted: type, sound: Case
+) -> None:
+    """A rise is a trend; a best one whose interval, which reaches down by `below`, holds all others is luck."""
+    curves = {"eval/coverage": epochs(*values), "eval/coverage_low": epochs(*(value - below for value in values))}
+    outcome = diagnose(case(curves, evaluation__best_metric="coverage")(sound), "cheap").outcomes["selection_on_noise"]
+    assert isinstance(outcome, wanted)
+    assert outcome.evidence["best_epoch"].value == 1 + values.index(max(values))
+
+
+def test_chance_is_what_the_number_of_classes_makes_it(sound: Case) -> None:
+    """Four classes, of which two are drawn often enough for curves of their own; where nothing tells, none is said."""
+    curves = {"eval/I/kid": epochs(1.0), "eval/P/kid": epochs(1.0), "eval/class_accuracy": epochs(0.45)}
+    told = diagnose(case(curves, {CLASSES_TAG: "4"})(sound), "cheap").outcomes["class_ignored"]
+    assert isinstance(told, Healthy)
+    untold = replace(case(curves)(sound), tags={})
+    assert "how many classes" in diagnose(untold, "cheap").unable["class_ignored"]
+    prompts = dict.fromkeys("abcd", "a foot")
+    by_prompts = replace(untold, settings={**untold.settings, "prompts.phase_prompts": prompts})
+    assert by_prompts.classes() == 4
+
+
+@pytest.mark.parametrize(("samples", "wanted"), [(1500, Healthy), (240, Finding)])
+def test_the_distance_that_chooses_is_judged(samples: int, wanted: type, sound: Case) -> None:
+    """1,280 dimensions, though Inception's 2,048 are logged beside them."""
+    curves = {"eval/fid": epochs(300.0, 200.0), "eval/fd": epochs(3.0, 2.0)}
+    ill = case(curves, evaluation__best_metric="fd", evaluation__samples=samples)(sound)
+    outcome = diagnose(ill, "cheap").outcomes["small_sample_fid"]
+    assert isinstance(outcome, wanted)
+    assert outcome.evidence["samples"].healthy == "above 1280"
+    if isinstance(outcome, Finding):
+        assert outcome.explanation.startswith("FD of 240 pictures")
+
+
+def test_one_of_two_epochs_does_not_make_a_term_dominant(sound: Case) -> None:
+    """The lower of two is their median: one odd batch decides nothing."""
+    odd = case({"train/grad_share_perceptual": epochs(0.1, 0.9)}, **PERCEPTUAL)(sound)
+    assert isinstance(diagnose(odd, "cheap").outcomes["dominant_loss_term"], Healthy)

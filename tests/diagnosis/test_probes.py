@@ -180,6 +180,10 @@ def test_copies_are_found(small_config: RunConfig, tmp_path: Path) -> None:
         assert isinstance(outcome, kind), outcome
         if isinstance(outcome, Finding):
             names_nobody(outcome, bench)
+            assert outcome.fix == {"train.epochs": config.train.epochs // 2}
+            once = run(Memorisation(), changed(config, {"train": {"epochs": 1}}), folder=folder)
+            assert isinstance(once, Finding)
+            assert once.fix == {"train.learning_rate": config.train.learning_rate / 2}
 
 
 def test_prior_reliance_is_measured(small_config: RunConfig) -> None:

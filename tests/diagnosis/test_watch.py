@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,9 +18,11 @@ from dfu_mlflow.checkpoint import CheckpointStore
 from dfu_mlflow.conditioning import FED
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
+from dfu_mlflow.diagnosis.case import CLASSES_TAG, STEPS_TAG
 from dfu_mlflow.diagnosis.report import BUDGET_TAG
 from dfu_mlflow.participant import TrainingResult
 from dfu_mlflow.pipeline import run_training
+from dfu_mlflow.tracking import Tracker
 from registry.diagnose import DiagnoseOptions, build_case, run_diagnosis, tell_of_checkpoint
 from registry.promote import findings_budget
 
@@ -33,9 +36,17 @@ def ill(
     change = {"ema": {"decay": 0.9999, "warmup": False}, "evaluation": {"best_metric": "val_loss"}}
     config = validate(RunConfig, merge(small_config_at(folder).model_dump(mode="json"), change))
     said: list[str] = []
+    beat = Tracker.beat
+
+    def heard(tracker: Tracker) -> None:
+        if any(frame.function == "generate" for frame in inspect.stack(0)):
+            said.append("alive while drawing")
+        beat(tracker)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("dfu_mlflow.progress.Console.say", lambda self, text: said.append(text))
+        patch.setattr(Tracker, "beat", heard)
         mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
         yield run_training(config), "\n".join(said)
         mlflow.set_tracking_uri(None)
@@ -54,6 +65,11 @@ def test_training_says_it_at_once_and_once(ill: tuple[TrainingResult, str]) -> N
     assert "ema_lag" in report
 
 
+def test_a_run_gives_signs_of_life_while_it_draws(ill: tuple[TrainingResult, str]) -> None:
+    """One a batch of pictures; the tracker writes every 30 s at most."""
+    assert ill[1].count("alive while drawing") > 2
+
+
 def test_diagnose_reads_the_run_from_mlflow(ill: tuple[TrainingResult, str]) -> None:
     result, _ = ill
     diagnosis, written = run_diagnosis(DiagnoseOptions(run=result.run_id, budget="cheap"), None, [])
@@ -63,6 +79,7 @@ def test_diagnose_reads_the_run_from_mlflow(ill: tuple[TrainingResult, str]) -> 
     tags = MlflowClient().get_run(result.run_id).data.tags
     assert tags["finding.ema_lag"] == "warning" or tags["finding.ema_lag"] == "blocker"
     assert tags["finding.nonfinite"] == "sound"
+    assert (tags[STEPS_TAG], tags[CLASSES_TAG]) == ("3", "3")
     assert {"diagnosis.html", "findings.json"} <= {file.path for file in MlflowClient().list_artifacts(result.run_id)}
 
 

@@ -59,8 +59,12 @@ class ClassIgnored(Check):
             "samples: the "
             "classes look alike. Give them prompts that differ in more than a word, and train text conditioning "
             "longer.",
-            {"prompts.dropout": 0.1, "sampling.guidance_scale": 3.0},
+            {"prompts.dropout": 0.1, "sampling.guidance_scale": 3.0, **self._longer(case)},
         )
+
+    def _longer(self, case: Case) -> dict[str, int]:
+        epochs = int(case.settings.get("train.epochs", 0))
+        return {"train.epochs": 2 * epochs} if epochs else {}
 
     def _accuracy(self, case: Case) -> tuple[Estimate, float, int]:
         """Of the samples with its interval, of photographs, and the number of classes."""
@@ -69,8 +73,7 @@ class ClassIgnored(Check):
             value = case.last(f"{shown}/class_accuracy")
             ends = [case.curves.get(f"{shown}/class_accuracy_{end}") for end in ("low", "high")]
             low, high = (end[max(end)] if end else None for end in ends)
-            classes = {name.split("/")[1] for name in case.curves if name.startswith("eval/") and name.count("/") == 2}
-            return Estimate(value, low, high), case.last("eval/class_accuracy_reconstructed"), len(classes) or 3
+            return Estimate(value, low, high), case.last("eval/class_accuracy_reconstructed"), case.classes()
         return self._judged(case.ready())
 
     def _judged(self, bench: Bench) -> tuple[Estimate, float, int]:

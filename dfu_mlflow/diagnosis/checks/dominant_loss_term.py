@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median_low
+
 from dfu_mlflow.diagnosis.case import Case
 from dfu_mlflow.diagnosis.check import Check
 from dfu_mlflow.diagnosis.finding import Figure, Finding, Healthy
@@ -24,7 +26,7 @@ class DominantLossTerm(Check):
     cost = "cheap"
 
     def examine(self, case: Case) -> Finding | Healthy:
-        """Median over epochs, so that one odd batch decides nothing."""
+        """Median over epochs (of two the lower), so that one odd batch decides nothing."""
         if case.settings.get("loss.perceptual_loss.enabled") is False:
             return Healthy({"perceptual_term": Figure("off")})
         measured = "train/grad_share_perceptual" in case.curves
@@ -54,12 +56,12 @@ class DominantLossTerm(Check):
 
     def _share(self, case: Case, measured: bool) -> tuple[float, float]:
         if measured:
-            values = sorted(value for epoch, value in case.curve("train/grad_share_perceptual") if epoch > 0)
+            values = [value for epoch, value in case.curve("train/grad_share_perceptual") if epoch > 0]
             limit = HIGH
         else:
             total = dict(case.curve("train/loss"))
-            values = sorted(v / total[e] for e, v in case.curve("train/loss_perceptual") if total.get(e))
+            values = [v / total[e] for e, v in case.curve("train/loss_perceptual") if total.get(e)]
             limit = VALUE_HIGH
         if not values:
             raise Lacking("no epoch was trained")
-        return values[len(values) // 2], limit
+        return median_low(values), limit

@@ -49,6 +49,9 @@ class EmaLag(Check):
         return self._finding(case, evidence, coverage, measured is not None)
 
     def _finding(self, case: Case, evidence: Evidence, coverage: float, measured: bool) -> Finding:
+        fix = {"ema.warmup": True, "ema.decay": SHORT_DECAY if _few(case) else 0.99}
+        if fix.items() <= case.settings.items():
+            fix = {"ema.enabled": False}
         judged_live = case.tags.get("best.weights") == "live"
         severity: Severity = "warning" if judged_live or coverage >= STUCK else "blocker"
         if case.settings.get("evaluation.ema") is False:  # nobody looks at the average
@@ -65,7 +68,7 @@ class EmaLag(Check):
             "samples and "
             f"metrics drawn from them show the base.{lost}{elsewhere} Let the decay warm up, or look at the live "
             "weights.",
-            {"ema.warmup": True, "ema.decay": SHORT_DECAY if _few(case) else 0.99},
+            fix,
         )
 
     def _measured(self, case: Case) -> float | None:

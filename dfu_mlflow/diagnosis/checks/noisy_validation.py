@@ -10,6 +10,8 @@ from dfu_mlflow.diagnosis.finding import Figure, Finding, Healthy
 from dfu_mlflow.diagnosis.lacking import Lacking
 
 FEW = 5
+GRID = {"evaluation.validation_timesteps": 8, "evaluation.validation_images": 64}
+"""The least that a grid should hold; a run that jumps with as much as this needs twice of what it has."""
 NOISY = 0.06
 """Median change from one evaluation to the next after the trend is taken off, as a share of the loss.
 
@@ -48,6 +50,6 @@ class NoisyValidation(Check):
             evidence,
             f"The validation loss jumps by {100 * noise:.0f} % from one evaluation to the next, more than it learns: "
             "it is "
-            "measured at random timesteps. Keep images, timesteps and noise fixed and compare by timestep.",
-            {"evaluation.validation_timesteps": 8, "evaluation.validation_images": 64},
+            "measured at random timesteps, or at too few. Keep images, timesteps and noise fixed, and take more.",
+            {name: max(least, 2 * int(case.settings.get(name, 0))) for name, least in GRID.items()},
         )

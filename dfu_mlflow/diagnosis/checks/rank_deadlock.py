@@ -59,12 +59,18 @@ class RankDeadlock(Check):
 
 
 def at_evaluation(case: Case) -> bool:
-    """Did the last step end an epoch (or come before the first) whose evaluation was never logged?"""
-    per_epoch = case.settings.get("train.steps_per_epoch")
-    if not per_epoch:
-        return False
+    """Was the evaluation that follows the last step (or comes before the first) due, and never logged?
+
+    Raises:
+        Lacking: where the steps of an epoch are not known.
+    """
     steps = max(case.curves.get("step/loss") or {0: 0.0})
     evaluated = max(case.curves.get("epoch") or {-1: 0.0})
+    if steps == 0 and evaluated < 0:
+        return True
+    per_epoch, every = case.steps_per_epoch(), int(case.settings.get("evaluation.every_epochs", 1))
     # Steps are logged every few: one within a logging interval of the end counts as the last.
-    slack = int(case.settings.get("tracking.log_every_steps", 1))
-    return round((steps + slack - 1) // int(per_epoch)) > evaluated
+    slack = int(case.settings.get("tracking.log_every_steps", 1)) - 1
+    epoch = (steps + slack) // per_epoch
+    due = epoch % every == 0 or epoch == case.settings.get("train.epochs")
+    return epoch * per_epoch >= steps and due and epoch > evaluated

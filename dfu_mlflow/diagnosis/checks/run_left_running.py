@@ -8,7 +8,7 @@ from dfu_mlflow.diagnosis.finding import Figure, Finding, Healthy
 from dfu_mlflow.diagnosis.lacking import Lacking
 
 SILENT_S = 1800.0
-"""A run beats every 30 s, between batches of an evaluation less often: after half an hour it is gone."""
+"""A run beats every 30 s where a step or a batch of pictures takes no longer: after half an hour it is gone."""
 
 
 class RunLeftRunning(Check):

@@ -24,8 +24,9 @@ class SmallSampleFid(Check):
     def examine(self, case: Case) -> Finding | Healthy:
         """It matters where the distance chooses; where KID chooses it is worth a note at most."""
         samples = int(case.setting("evaluation.samples"))
-        metric = next((name for name in ("fid", "fd") if case.curves.get(f"eval/{name}")), "fid")
-        chosen_by = str(case.settings.get("evaluation.best_metric", metric))
+        logged = next((name for name in DIMENSIONS if case.curves.get(f"eval/{name}")), "fid")
+        chosen_by = str(case.settings.get("evaluation.best_metric", logged))
+        metric = next((name for name in DIMENSIONS if chosen_by.startswith(name)), logged)
         dimension = DIMENSIONS[metric]
         evidence = {"samples": Figure(float(samples), f"above {dimension}"), "chosen_by": Figure(chosen_by, "kid")}
         if samples <= 0:

@@ -23,20 +23,22 @@ class WrongSchedule(Check):
     cost = "cheap"
 
     def examine(self, case: Case) -> Finding | Healthy:
-        """Against the plan where it is known, else only whether a decaying schedule ended low."""
+        """Against the plan where it is known, else only whether a finished run's rate ended low."""
         rates = case.curve("step/lr", "train/lr", "lr")
         schedule = str(case.setting("train.lr_schedule"))
         if len(rates) < FEW:
             raise Lacking(f"{len(rates)} learning rates were logged, {FEW} are needed to see a schedule")
         peak = float(case.settings.get("train.learning_rate", max(rate for _, rate in rates)))
-        total = self._total(case)
+        total = self._planned(case)
         evidence = {"final_rate": Figure(rates[-1][1]), "peak_rate": Figure(peak)}
         if total is None:
             if schedule not in ("cosine", "linear"):
                 return Healthy(evidence)
+            if case.life is None or case.life.status != "FINISHED":
+                raise Lacking("neither the number of updates planned is known nor that the run has finished")
             share = rates[-1][1] / peak
             evidence["final_share"] = Figure(share, f"below {UNFINISHED}")
-            return self._finding(evidence, 0.7) if share > UNFINISHED else Healthy(evidence)
+            return self._finding(case, evidence, 0.7) if share > UNFINISHED else Healthy(evidence)
         warmup = int(case.settings.get("train.warmup_steps", 0))
         planned = {step: peak * lr_factor(schedule, step - 1, warmup, total) for step, _ in rates}  # type: ignore[arg-type]
         worst = max(rates, key=lambda point: abs(point[1] - planned[point[0]]))
@@ -45,21 +47,23 @@ class WrongSchedule(Check):
             "largest_difference": Figure(gap, f"below {WRONG} of the peak"),
             "planned_final_rate": Figure(planned[rates[-1][0]]),
         }
-        return self._finding(evidence, 0.9) if gap > WRONG else Healthy(evidence)
+        return self._finding(case, evidence, 0.9) if gap > WRONG else Healthy(evidence)
 
-    def _finding(self, evidence: dict[str, Figure], confidence: float) -> Finding:
+    def _finding(self, case: Case, evidence: dict[str, Figure], confidence: float) -> Finding:
+        plain = case.settings.get("train.gradient_accumulation_steps") == 1
         return self.found(
             "warning",
             confidence,
             evidence,
             "The learning rate did not follow its schedule: most often the scheduler is stepped in micro-steps while "
             "its "
-            "length counts updates (or the other way round), so that it never reaches its end. Count both in updates.",
-            {"train.gradient_accumulation_steps": 1},
+            "length counts updates (or the other way round), so that it never reaches its end. Count both in updates."
+            + (" No setting mends this: the code that steps the scheduler must." if plain else ""),
+            {} if plain else {"train.gradient_accumulation_steps": 1},
         )
 
-    def _total(self, case: Case) -> int | None:
-        if "train.total_steps" in case.settings:
-            return int(case.settings["train.total_steps"])
-        per_epoch, epochs = case.settings.get("train.steps_per_epoch"), case.settings.get("train.epochs")
-        return int(per_epoch) * int(epochs) if per_epoch and epochs else None
+    def _planned(self, case: Case) -> int | None:
+        try:
+            return case.planned()
+        except Lacking:
+            return None
