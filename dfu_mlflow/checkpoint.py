@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from dfu_mlflow.documents import FORMAT, read_document
 from dfu_mlflow.errors import UserError
+from dfu_mlflow.fused import BackwardOptimizer
 
 STATE = "state.json"
 PARTIAL = ".partial-"
@@ -155,7 +156,7 @@ def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
     return folder / str(best["checkpoint"])
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
+def optimizer_tensors(optimizer: torch.optim.Optimizer | BackwardOptimizer) -> Tensors:
     """The optimizer's state as named tensors; its hyper-parameters come from the configuration."""
     state = optimizer.state_dict()["state"]
     return {
@@ -166,7 +167,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
     }
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer | BackwardOptimizer, tensors: Mapping[str, torch.Tensor]) -> None:
     """Put `optimizer_tensors` back into an optimizer made from the same configuration."""
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():

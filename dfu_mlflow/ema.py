@@ -25,6 +25,7 @@ class ExponentialMovingAverage:
     ) -> None:
         self.decay = decay
         self.warmup = warmup
+        self.place = place
         self.updates = 0
         self.average = {
             name: weight.detach().to(place or weight.device, torch.float32, copy=True)
@@ -44,16 +45,21 @@ class ExponentialMovingAverage:
             ValueError: when the names are not the ones the average was made from.
         """
         self._check_names(weights)
-        names = list(self.average)
-        live = [weights[name].detach().to(self.average[name]) for name in names]
-        torch._foreach_lerp_([self.average[name] for name in names], live, 1.0 - self.current_decay())
+        share = 1.0 - self.current_decay()
+        if self.place is None:
+            live = [weights[name].detach().to(average) for name, average in self.average.items()]
+            torch._foreach_lerp_(list(self.average.values()), live, share)
+        else:  # one weight at a time: all of them together would take the host's memory a second time
+            for name, average in self.average.items():
+                average.lerp_(weights[name].detach().to(average), share)
         self.updates += 1
 
     @contextmanager
     def applied(self, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
         """The live weights hold the average inside this block, and exactly their own values after it."""
         self._check_names(weights)
-        kept = {name: weight.detach().clone() for name, weight in weights.items()}
+        # Where the average is: an average is on the host because the GPU has no room for the weights a second time.
+        kept = {name: weight.detach().to(self.average[name].device, copy=True) for name, weight in weights.items()}
         copy_into(weights, self.average)
         try:
             yield

@@ -18,6 +18,7 @@ from dfu_mlflow.checkpoint import Tensors, load_optimizer, optimizer_tensors
 from dfu_mlflow.config.schema import RunConfig, TrainConfig
 from dfu_mlflow.ema import copy_into
 from dfu_mlflow.errors import UserError
+from dfu_mlflow.fused import BackwardOptimizer
 from dfu_mlflow.ranks import uses_deepspeed
 
 
@@ -37,7 +38,7 @@ class Engine:
         accelerator: Accelerator,
         unet: nn.Module,
         weights: Weights,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | BackwardOptimizer,
         config: RunConfig,
     ) -> None:
         self.accelerator = accelerator
@@ -88,6 +89,27 @@ class Engine:
         """Put weights and the optimizer's state back."""
         copy_into(self.weights, weights)
         load_optimizer(self.optimizer, state)
+
+
+class FusedEngine(Engine):
+    """One process that steps each weight inside the backward pass.
+
+    A loss that is not finite leaves everything as it was. Where only a gradient is not, weights that the backward pass
+    reached before it keep their step, which was a finite one; it and the ones after it stay as they were.
+    """
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Backward pass and update in one."""
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            self.optimizer.refuse(value)
+            return
+        with self.optimizer.updating():
+            self.accelerator.backward(loss)
+
+    def update(self) -> float:
+        """The step is done. Returns the gradient norm."""
+        return float(self.optimizer.gradient_norm)
 
 
 class ZeroEngine(Engine):
@@ -172,7 +194,7 @@ class ZeroEngine(Engine):
         return torch.autocast(accelerator.device.type, dtype=torch.bfloat16)
 
 
-def check_launch(train: TrainConfig) -> None:
+def check_launch(train: TrainConfig, processes: int = 1) -> None:
     """Refuse what the launcher asks for and no engine does the same way as one process.
 
     Raises:
@@ -180,6 +202,11 @@ def check_launch(train: TrainConfig) -> None:
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise UserError("FSDP is not supported yet: launch with ddp or zero2")
+    if train.fused_backward and (processes > 1 or uses_deepspeed()):
+        raise UserError(
+            f"--train.fused_backward steps before processes could average their gradients, and {processes} run: start "
+            "it without a launcher, or set --train.fused_backward false"
+        )
     if not uses_deepspeed():
         return
     if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") != "2":
@@ -199,8 +226,14 @@ def build_accelerator(device: torch.device, mixed_precision: str) -> Accelerator
 
 
 def build_engine(
-    accelerator: Accelerator, unet: nn.Module, weights: Weights, optimizer: torch.optim.Optimizer, config: RunConfig
+    accelerator: Accelerator,
+    unet: nn.Module,
+    weights: Weights,
+    optimizer: torch.optim.Optimizer | BackwardOptimizer,
+    config: RunConfig,
 ) -> Engine:
     """The engine that goes with the accelerator."""
+    if isinstance(optimizer, BackwardOptimizer):
+        return FusedEngine(accelerator, unet, weights, optimizer, config)
     kind = ZeroEngine if uses_deepspeed() else Engine
     return kind(accelerator, unet, weights, optimizer, config)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from dfu_mlflow.base.adapters import attach, snapshot
+from dfu_mlflow.base.adapters import attach, snapshot, store_frozen
 from dfu_mlflow.base.load import resolve_base
 from dfu_mlflow.batches import Batches
 from dfu_mlflow.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
@@ -16,6 +16,7 @@ from dfu_mlflow.data import dataset_digest
 from dfu_mlflow.ema import ExponentialMovingAverage
 from dfu_mlflow.engines import check_launch
 from dfu_mlflow.errors import UserError
+from dfu_mlflow.fused import BackwardOptimizer
 from dfu_mlflow.interrupt import StopRequest
 from dfu_mlflow.memory import check_disk
 from dfu_mlflow.objective import Objective
@@ -52,7 +53,7 @@ def run_training(
     """
     device = pick_device(config.device)
     with StopRequest() as stop, joined(device, config.runtime.timeout_s, stop) as ranks, ranks.explained():
-        check_launch(config.train)
+        check_launch(config.train, ranks.count)
         if supervisor is not None and ranks.count > 1:
             raise UserError(
                 f"tune and study compare trainings of one process each, and {ranks.count} run: start them without a "
@@ -128,7 +129,9 @@ def build_parts(config: RunConfig, material: Material, ranks: Ranks | None = Non
     objective = Objective(
         dict(pipe.scheduler.config), config.loss, build_perceptual(config.loss.perceptual_loss, pipe.vae)
     )
+    build_kind = BackwardOptimizer if config.train.fused_backward else build_optimizer
     weights = attach(pipe.unet, config.adapter, config.seed)
+    store_frozen(pipe.unet, config.adapter)
     pipe.to(material.device)
     place = torch.device("cpu") if config.ema.on_host else None
     if config.train.gradient_checkpointing:
@@ -136,7 +139,7 @@ def build_parts(config: RunConfig, material: Material, ranks: Ranks | None = Non
     return Parts(
         unet=pipe.unet,
         weights=weights,
-        optimizer=build_optimizer(weights.values(), config.train),
+        optimizer=build_kind(weights.values(), config.train),
         objective=objective,
         conditioner=material.conditioner,
         batches=Batches(material.train, float(pipe.vae.config.scaling_factor), config, ranks.index, ranks.count),

@@ -18,6 +18,7 @@ FREE = (
     "data.manifest",
     "data.bounding_boxes",
     "ema.on_host",
+    "train.fused_backward",
 )
 FREE_SECTIONS = ("checkpoint.", "tracking.", "registry.", "runtime.", "tune.")
 """What may differ: places, and what does not touch the weights or the figures."""

@@ -24,6 +24,7 @@ from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.ema import ExponentialMovingAverage
 from dfu_mlflow.engines import build_engine
 from dfu_mlflow.errors import Interrupted, UserError
+from dfu_mlflow.fused import BackwardOptimizer
 from dfu_mlflow.objective import LossTerms, Objective
 from dfu_mlflow.perceptual import gradient_shares
 from dfu_mlflow.ranks import Ranks
@@ -48,7 +49,7 @@ class Parts:
 
     unet: nn.Module
     weights: Weights
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | BackwardOptimizer
     objective: Objective
     conditioner: Conditioner
     batches: Batches

@@ -40,6 +40,19 @@ def attach(unet: nn.Module, config: AdapterConfig, seed: int) -> Weights:
     return {name: weight for name, weight in unet.named_parameters() if weight.requires_grad}
 
 
+def store_frozen(unet: nn.Module, config: AdapterConfig) -> None:
+    """Keep the matrices that do not learn in `adapter.frozen_dtype`.
+
+    Under bf16's autocast nothing changes by it: it rounds them to bf16 before each use. Convolutions and vectors stay
+    in float32: the UNet's own dtype, which sampling starts in, is that of its first convolution.
+    """
+    if config.frozen_dtype == "float32":
+        return
+    for module in unet.modules():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            module.weight = nn.Parameter(module.weight.detach().to(torch.bfloat16), requires_grad=False)
+
+
 def lora_config(config: AdapterConfig) -> LoraConfig:
     """The adapter in peft's words."""
     return LoraConfig(

@@ -107,6 +107,17 @@ class AdapterConfig(Section):
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     """Module name endings that get an adapter."""
     use_dora: bool = False
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which `lora` keeps the base's matrices; bf16 halves them and, computing in bf16, changes nothing."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.frozen_dtype == "bfloat16" and (self.method != "lora" or self.use_dora):
+            raise ValueError(
+                "adapter.frozen_dtype bfloat16 is for weights that no step reads in float32: it needs "
+                "--adapter.method lora and --adapter.use_dora false"
+            )
+        return self
 
 
 class TrainConfig(Section):
@@ -127,12 +138,35 @@ class TrainConfig(Section):
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
     max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
+    fused_backward: bool = False
+    """Step each weight inside the backward pass and free its gradient at once: no memory for gradients."""
     gradient_checkpointing: bool = False
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     max_nonfinite_steps: Positive = 5
     """Steps in a row with a non-finite loss or gradient after which the run stops; each is skipped and counted."""
     early_stopping_patience: Positive | None = None
     """Evaluations without a better `evaluation.best_metric` after which training ends."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.fused_backward:
+            return self
+        if self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "train.fused_backward steps at every backward pass and keeps no gradient to add to: it needs "
+                f"--train.gradient_accumulation_steps 1, not {self.gradient_accumulation_steps}"
+            )
+        if self.max_grad_norm is not None:
+            raise ValueError(
+                "train.fused_backward steps the first weight before the last gradient is known, so the gradient cannot "
+                f"be clipped by its norm: it needs --train.max_grad_norm null, not {self.max_grad_norm:g}"
+            )
+        if self.mixed_precision == "fp16":
+            raise ValueError(
+                "train.fused_backward cannot wait for fp16's loss scaler to look at all gradients: it needs "
+                "--train.mixed_precision bf16 or no"
+            )
+        return self
 
 
 class PerceptualLossConfig(Section):
@@ -246,4 +280,9 @@ class RunConfig(Section):
     def _consistent(self) -> Self:
         if self.train.mixed_precision == "fp16" and self.device == "cpu":
             raise ValueError("train.mixed_precision fp16 needs a GPU: use bf16 or no on device cpu")
+        if self.adapter.frozen_dtype == "bfloat16" and self.train.mixed_precision != "bf16":
+            raise ValueError(
+                "adapter.frozen_dtype bfloat16 would round what is computed in another precision: it needs "
+                f"--train.mixed_precision bf16, not {self.train.mixed_precision}"
+            )
         return self

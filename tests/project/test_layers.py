@@ -17,8 +17,9 @@ MAX_FUNCTION_LINES = 60
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "documents", "entry", "errors", "interrupt", "launch", "ranks", "runtime", "types"),
-    ("base", "conditioning", "data", "denoising", "ema", "optimizers", "schedules"),
+    ("base", "conditioning", "data", "denoising", "ema", "fused", "optimizers", "schedules"),
     (
+        "activations",
         "base.pretraining",
         "bundle",
         "checkpoint",
