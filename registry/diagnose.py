@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from mlflow import MlflowClient
@@ -20,6 +22,7 @@ from dfu_mlflow.config.load import Tree, merge, parse_flags, read_tree, validate
 from dfu_mlflow.config.section import Section
 from dfu_mlflow.diagnosis.bench import Bench, Shown
 from dfu_mlflow.diagnosis.case import Case, Life
+from dfu_mlflow.diagnosis.checks.resolution_off_native import native_px
 from dfu_mlflow.diagnosis.diagnose import Budget, Diagnosis, diagnose
 from dfu_mlflow.diagnosis.foreign import read_foreign
 from dfu_mlflow.diagnosis.lacking import Lacking
@@ -34,6 +37,16 @@ from registry.source import RUN_ID, run_configuration
 
 OUTPUT_DIR = Path("outputs/diagnose")
 FINDINGS = "findings.json"
+UNNAMED: Mapping[str, tuple[tuple[str, ...], str]] = MappingProxyType(
+    {
+        "base": (("base_model",), "the base was not named (--base_model)"),
+        "photographs": (
+            ("data.root", "data.manifest"),
+            "no photographs were named (--data.root or --data.manifest)",
+        ),
+    }
+)
+"""What a fine-tune made elsewhere must say: its settings, and what is missing where it does not."""
 BUDGET_FILE = "budget.txt"
 """Beside the findings in a folder: `cheap` or `full`."""
 
@@ -69,6 +82,7 @@ class Told:
         folder: where its weights are, or why they are not at hand.
         lacking: see `Case`.
         notes: for the user.
+        foreign: it is no run of this project, whose defaults say nothing about it.
     """
 
     configuration: Tree | None
@@ -79,6 +93,7 @@ class Told:
     folder: Path | str
     lacking: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    foreign: bool = False
 
 
 def run_diagnosis(
@@ -143,6 +158,7 @@ def tell_of_checkpoint(options: DiagnoseOptions, config_name: str | None) -> Tol
         raise UserError(f"--checkpoint {place}: no such file or folder")
     curves, lacking = _curves(options, place)
     own = local_configuration(place) if place.is_dir() else None
+    foreign_run = own is None
     notes: tuple[str, ...] = ()
     if own is not None:
         settings = flatten(validate(RunConfig, own))
@@ -156,13 +172,19 @@ def tell_of_checkpoint(options: DiagnoseOptions, config_name: str | None) -> Tol
         own, settings = foreign.tree, dict(foreign.settings)
         if foreign.unknown:
             notes = (f"settings of {config_name} that were not understood: {', '.join(foreign.unknown)}",)
-    return Told(own, settings, curves, _history_tags(place), None, place, lacking, notes)
+    return Told(own, settings, curves, _history_tags(place), None, place, lacking, notes, foreign_run)
 
 
 def build_case(options: DiagnoseOptions, told: Told, stated: Tree) -> Case:
     """What the user typed wins over what the source says."""
     options_of_ours = {"output_dir": str(OUTPUT_DIR), "resume": "none"}
-    config = validate(RunConfig, merge(merge(told.configuration or {}, stated), options_of_ours))
+    tree = merge(merge(told.configuration or {}, stated), options_of_ours)
+    unnamed = {part: words for part, (keys, words) in UNNAMED.items() if not any(_states(tree, key) for key in keys)}
+    unnamed = unnamed if told.foreign else {}
+    if told.foreign and "base" not in unnamed and not _states(tree, "data.resolution_px"):
+        with suppress(Lacking):  # what the base is made for, where nothing says what the run used
+            tree = merge(tree, {"data": {"resolution_px": native_px(tree["base_model"])}})
+    config = validate(RunConfig, tree)
     typed = {key: value for key, value in flatten(config).items() if _states(stated, key)}
     settings = {**told.settings, **typed}
     lacking = dict(told.lacking)
@@ -170,12 +192,12 @@ def build_case(options: DiagnoseOptions, told: Told, stated: Tree) -> Case:
     if options.budget == "cheap":
         lacking["bench"] = "the model is not loaded with --budget cheap"
     else:
-        bench = _bench(options, told, config)
+        bench = _bench(options, told, config, unnamed)
     name = options.run or str(options.checkpoint)
     return Case(name, settings, told.curves, told.tags, told.life, bench, lacking)
 
 
-def _bench(options: DiagnoseOptions, told: Told, config: RunConfig) -> Bench:
+def _bench(options: DiagnoseOptions, told: Told, config: RunConfig, unnamed: Mapping[str, str]) -> Bench:
     alpha = config.adapter.alpha
     folder = told.folder
     shown: Shown = "live"
@@ -196,7 +218,7 @@ def _bench(options: DiagnoseOptions, told: Told, config: RunConfig) -> Bench:
     elif isinstance(files, WeightFiles) and files.ema is not None and updates is None:
         shown = "ema"  # foreign trainers sample from the average where they keep one
     resolve_base(config.base_model)
-    return Bench(config, files, shown, options.images, embeddings, updates)
+    return Bench(config, files, shown, options.images, embeddings, updates, unnamed)
 
 
 def _recorded(folder: Path) -> Path | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +45,7 @@ class Bench:
         folder: pictures that the run drew, None to draw them.
         embeddings: file of the text embeddings that the run trained on, None where it is not given.
         updates: optimizer updates done, None where it is not known.
+        unnamed: `base` or `photographs` -> what to say, where nobody named them and a default would be a wrong one.
     """
 
     def __init__(
@@ -55,8 +56,10 @@ class Bench:
         folder: Path | None = None,
         embeddings: Path | None = None,
         updates: int | None = None,
+        unnamed: Mapping[str, str] | None = None,
     ) -> None:
         self.config = config
+        self.unnamed = unnamed or {}
         self.files = files
         self.shown = shown
         self.folder = folder
@@ -80,6 +83,7 @@ class Bench:
     @cached_property
     def material(self) -> Material:
         """Base, photographs and latents; `Lacking` where one of them cannot be had."""
+        self._require("base", "photographs")
         try:
             material = prepare(self.config, read_source(self.config))
         except UserError as error:
@@ -90,6 +94,7 @@ class Bench:
     @cached_property
     def split(self) -> Split:
         """Photographs by side; needs no base."""
+        self._require("photographs")
         try:
             return load_split(self.config.data, self.config.seed)[0]
         except UserError as error:
@@ -110,6 +115,7 @@ class Bench:
             return self.material.pipe
         from dfu_mlflow.base.load import load_base
 
+        self._require("base")
         try:
             return load_base(self.config.base_model)
         except UserError as error:
@@ -120,6 +126,13 @@ class Bench:
         if shown not in self._movement:
             self._movement[shown] = measure(self._file(shown), self.base.unet, self._files().alpha)
         return self._movement[shown]
+
+    def movement_if_known(self, shown: Shown) -> Movement | None:
+        """The same, None where base or weights cannot be had: the curves may tell instead."""
+        try:
+            return self.movement(shown)
+        except Lacking:
+            return None
 
     def unet(self, shown: Shown) -> Any:
         """The base's UNet with the change added to it; the other one is given up, for SDXL's two do not fit a card."""
@@ -218,6 +231,11 @@ class Bench:
     def settings(self, **change: Any) -> Settings:
         """The run's sampling settings with some changed."""
         return replace(sampling_settings(self.config, self.material.train), **change)
+
+    def _require(self, *parts: str) -> None:
+        for part in parts:
+            if part in self.unnamed:
+                raise Lacking(self.unnamed[part])
 
     def _files(self) -> WeightFiles:
         if isinstance(self.files, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,9 +77,7 @@ NAMES: Mapping[str, str] = MappingProxyType(
     }
 )
 """Last part of a key as diffusers' scripts, kohya's sd-scripts, peft and the founding effort spell it -> ours."""
-SCHEDULES: Mapping[str, str] = MappingProxyType(
-    {"constant_with_warmup": "constant", "cosine_with_restarts": "cosine", "polynomial": "linear"}
-)
+SCHEDULES: Mapping[str, str] = MappingProxyType({"constant_with_warmup": "constant", "polynomial": "linear"})
 OURS_ALONE = ("train.total_steps", "ema.dtype", "runtime.", "loss.perceptual_loss.no_grad")
 """Settings that checks read and a run of this project cannot have."""
 
@@ -99,14 +98,15 @@ class ForeignConfig:
 
 
 def read_foreign(path: Path) -> ForeignConfig:
-    """Read YAML or JSON, nested or flat; this project's own dotted names are understood as well.
+    """Read YAML, JSON or TOML, nested or flat; this project's own dotted names are understood as well.
 
     Raises:
         UserError: for a file that cannot be read.
     """
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        read = {".json": json.loads, ".toml": tomllib.loads}.get(path.suffix, yaml.safe_load)
+        content = read(text)
     except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(content, Mapping):

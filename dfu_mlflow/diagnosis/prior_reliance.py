@@ -105,9 +105,17 @@ def prior_reliance(bench: Bench) -> PriorReliance:
         pull=conditional_pull(bench, told),
         pull_short=conditional_pull(bench, brief),
         moved=None if drawn is None else moved_from_base(drawn),
-        reliance=None if drawn is None else reliance(drawn, bench.config.evaluation.seed),
+        reliance=None if drawn is None else _reliance_if_known(drawn, bench.config.evaluation.seed),
         words=word_pulls(bench, max(prompts.values(), key=len)),
     )
+
+
+def _reliance_if_known(drawn: Drawn, seed: int) -> Estimate | None:
+    """None for a set so small that a class has a single held-out patient: the other figures need no second one."""
+    try:
+        return reliance(drawn, seed)
+    except Lacking:
+        return None
 
 
 @torch.no_grad()

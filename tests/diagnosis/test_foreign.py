@@ -87,6 +87,29 @@ def test_the_lagging_average_is_found_without_photographs(
     assert "exit.reason" in diagnosis.unable["eval_oom"]
 
 
+def test_photographs_and_base_that_nobody_named_are_not_replaced_by_defaults(
+    foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A default would judge somebody's wounds by procedural pictures."""
+    diagnosis = examine(foreign, [], monkeypatch, tmp_path)
+    assert [finding.id for finding in diagnosis.findings if finding.severity != "note"] == ["ema_lag"]
+    for check in ("memorisation", "patient_leakage", "stale_cache", "metric_input_broken"):
+        assert "no photographs were named (--data.root" in diagnosis.unable[check]
+    nothing = examine(foreign, [], monkeypatch, tmp_path, config=False)
+    assert nothing.findings == ()
+    assert "the base was not named (--base_model)" in nothing.unable["text_mismatch"]
+
+
+def test_curves_tell_where_no_base_is_at_hand(foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    curves = {"ema/coverage": {1: 0.02, 2: 0.03}, "train/nonfinite_steps": {2: 0.0}, "model/displacement": {2: 0.05}}
+    (tmp_path / "curves.json").write_text(json.dumps(curves), encoding="utf-8")
+    options = DiagnoseOptions(checkpoint=foreign, curves=tmp_path / "curves.json")
+    diagnosis = run_diagnosis(options, None, [])[0]
+    assert diagnosis.findings[0].id == "ema_lag"
+    assert not {"nonfinite", "weights_not_moving"} & set(diagnosis.unable)
+
+
 def test_findings_and_report_are_written(
     foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,6 +160,14 @@ def test_words_of_other_trainers_are_understood(tmp_path: Path) -> None:
     assert told.settings["data.resolution_px"] == 1024
     assert told.settings["train.learning_rate"] == 1e-4
     assert told.unknown == ("clip_skip",)
+
+
+def test_kohyas_own_files_are_read_and_restarts_are_no_cosine(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text('[training]\nnetwork_dim = 16\nunet_lr = 1e-4\nlr_scheduler = "cosine_with_restarts"\n')
+    told = read_foreign(path)
+    assert told.settings["adapter.rank"] == 16
+    assert "train.lr_schedule" not in told.settings
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,8 @@ class EmaLag(Check):
         expected = self._expected(case, evidence)
         measured = self._measured(case)
         if measured is None and expected is None:
+            if case.bench is not None and case.bench.has_ema:
+                case.bench.movement("ema")  # raises, with what is missing
             raise Lacking("no ema/coverage was logged, no averaged weights are at hand, and ema.decay is not known")
         coverage = measured if measured is not None else expected
         assert coverage is not None
@@ -73,14 +75,14 @@ class EmaLag(Check):
 
     def _measured(self, case: Case) -> float | None:
         if case.bench is not None and case.bench.has_ema:
-            live, ema = case.bench.movement("live"), case.bench.movement("ema")
-            return ema.displacement / live.displacement if live.displacement > 0 else None
+            live, ema = case.bench.movement_if_known("live"), case.bench.movement_if_known("ema")
+            if live is not None and ema is not None:
+                return ema.displacement / live.displacement if live.displacement > 0 else None
         return case.last("ema/coverage") if case.curves.get("ema/coverage") else None
 
     def _dtype(self, case: Case) -> str | None:
-        if case.bench is not None and case.bench.has_ema:
-            return case.bench.movement("ema").dtype
-        return case.settings.get("ema.dtype")
+        movement = case.bench.movement_if_known("ema") if case.bench is not None and case.bench.has_ema else None
+        return case.settings.get("ema.dtype") if movement is None else movement.dtype
 
     def _expected(self, case: Case, evidence: dict[str, Figure]) -> float | None:
         if "ema.decay" not in case.settings:

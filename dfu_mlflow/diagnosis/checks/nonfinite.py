@@ -31,8 +31,9 @@ class Nonfinite(Check):
         reason = case.tags.get("exit.reason", "")
         stopped = "not finite" in reason
         broken = False
-        if case.bench is not None and case.bench.has_weights:
-            broken = not case.bench.movement("live").finite
+        movement = case.bench.movement_if_known("live") if case.bench is not None and case.bench.has_weights else None
+        if movement is not None:
+            broken = not movement.finite
             evidence["weights"] = Figure("not finite" if broken else "finite", "finite")
         bad_share, lost = self._losses(case, evidence)
         if not evidence and not reason:

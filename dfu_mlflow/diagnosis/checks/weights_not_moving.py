@@ -40,8 +40,8 @@ class WeightsNotMoving(Check):
         evidence: dict[str, Figure] = {}
         changed = 1.0
         self._require_time(case)
-        if case.bench is not None and case.bench.has_weights:
-            movement = case.bench.movement("live")
+        movement = case.bench.movement_if_known("live") if case.bench is not None and case.bench.has_weights else None
+        if movement is not None:
             moved, changed = movement.displacement, movement.changed_share
             evidence["changed_share"] = Figure(changed, f"above {CHANGED}")
             stillest = min(movement.by_block, key=lambda block: movement.by_block[block])
