@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dfu_mlflow.base.adapters import attach, store_frozen
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.objective import predict
 from dfu_mlflow.types import Conditioning
@@ -63,44 +59,41 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
-class _CudaNorms(TorchFunctionMode):
-    """Normalisations compute and answer in float32, as CUDA's autocast has it; the CPU's keeps them in bf16."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func in (F.group_norm, F.layer_norm):
-            args = tuple(value.float() if isinstance(value, torch.Tensor) else value for value in args)
-        return func(*args, **(kwargs or {}))
-
-
-def activation_bytes(unet_config: Mapping[str, Any], latent_edge: int, config: RunConfig) -> int:
+def activation_bytes(unet: Any, latent_edge: int, config: RunConfig) -> int:
     """The most that one process's training step holds at a time, its gradients freed as they come [bytes].
 
     Activations, what autocast casts, and temporaries; of the gradients those of one weight. One backward pass over
     `train.batch_size` rows of the UNet alone: neither the perceptual term nor what CUDA itself takes is in it.
 
     Args:
+        unet: of shapes alone, with what learns and what does not; its weights are changed for fake ones.
         latent_edge: of the latents, which are square.
     """
     half = config.train.mixed_precision != "no"
+    unet.train()
+    if config.train.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     with FakeTensorMode():
-        unet: Any = UNet2DConditionModel.from_config(unet_config)
-        attach(unet, config.adapter, seed=0)
-        store_frozen(unet, config.adapter)
-        unet.train()
-        if config.train.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        for weight in unet.parameters():
-            if weight.requires_grad:
-                weight.register_post_accumulate_grad_hook(_free_gradient)
-        with LiveBytes(unet.parameters()) as counter, _CudaNorms() if config.device != "cpu" else nullcontext():
+        for module in unet.modules():
+            _fill_with_fakes(module)
+            if half and config.device != "cpu" and isinstance(module, nn.GroupNorm | nn.LayerNorm):
+                # CUDA's autocast normalises in float32 and answers so; the CPU's, which runs here, stays in bf16.
+                module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+        with LiveBytes(unet.parameters()) as counter:
             noisy, told = _inputs(unet.config, latent_edge, config.train.batch_size)
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 prediction = predict(unet, noisy, torch.ones(len(noisy), dtype=torch.int64), told)
                 loss = (prediction.float() - noisy).pow(2).mean()
             loss.backward()
     return int(counter.peak)
+
+
+def _fill_with_fakes(module: nn.Module) -> None:
+    for name, weight in list(module.named_parameters(recurse=False)):
+        fake = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype), weight.requires_grad)
+        if fake.requires_grad:
+            fake.register_post_accumulate_grad_hook(_free_gradient)
+        setattr(module, name, fake)
 
 
 def _inputs(unet: Any, edge: int, rows: int) -> tuple[torch.Tensor, Conditioning]:

@@ -162,17 +162,31 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer | BackwardOptimizer) -> T
     return {
         f"{index}.{key}": torch.as_tensor(value).detach().cpu()
         for index, values in state.items()
-        for key, value in values.items()
+        for key, value in _flat(values)
         if value is not None
     }
 
 
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """bitsandbytes puts its quantised state into a mapping of its own: KEY/INNER KEY."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{key}/{inner}", content) for inner, content in value.items())
+        else:
+            yield key, value
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer | BackwardOptimizer, tensors: Mapping[str, torch.Tensor]) -> None:
     """Put `optimizer_tensors` back into an optimizer made from the same configuration."""
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for name, value in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
+        index, path = name.split(".", 1)
+        key, _, inner = path.partition("/")
+        values = state.setdefault(int(index), {})
+        if inner:
+            values.setdefault(key, {})[inner] = value
+        else:
+            values[key] = int(value) if value.dtype == torch.int64 and value.ndim == 0 else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

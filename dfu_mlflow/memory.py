@@ -39,18 +39,19 @@ def memory_plan(config: RunConfig, source: str) -> dict[str, Any]:
     vae: Any = modules["vae"]
     base_weights = count(unet)
     edge = math.ceil(config.data.resolution_px / 2 ** (len(vae.config.block_out_channels) - 1))
-    activations = activation_bytes(unet.config, edge, config)
     weights = _attached(unet, config)
     trained = sum(weight.numel() for weight in weights)
+    trainable_fraction = trained / count(unet)
+    unet_bytes = sum(weight.nbytes for weight in unet.parameters())
     ema_bytes = 4.0 * trained if config.ema.enabled else 0.0
     full = config.adapter.method == "full"
     parts = {
-        "UNet": float(sum(weight.nbytes for weight in unet.parameters())),
+        "UNet": float(unet_bytes),
         "gradients": _gradient_bytes(weights, config),
         "optimizer": _optimizer_bytes(weights, config),
         "EMA": 0.0 if config.ema.on_host else ema_bytes,
         "autoencoder": 4.0 * count(vae),
-        "activations": float(activations),
+        "activations": float(activation_bytes(unet, edge, config)),
     }
     host = {
         "EMA": ema_bytes if config.ema.on_host else 0.0,
@@ -62,7 +63,7 @@ def memory_plan(config: RunConfig, source: str) -> dict[str, Any]:
     return {
         "unet_weights": base_weights,
         "trained_weights": trained,
-        "trainable_fraction": trained / count(unet),
+        "trainable_fraction": trainable_fraction,
         "memory_gib": {name: size / GIB for name, size in parts.items()},
         "host_memory_gib": {name: size / GIB for name, size in host.items() if size},
         "checkpoint_gib": _checkpoint_bytes(weights, config) / GIB,

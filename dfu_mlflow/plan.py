@@ -58,7 +58,7 @@ def _size_lines(config: RunConfig) -> list[str]:
         f"({100 * plan['trainable_fraction']:.1f} % with the adapters counted in)",
         "estimated peak memory of training in one process:",
         *parts,
-        f"  {'sum':<32}{sum(plan['memory_gib'].values()):8.2f} GiB",
+        f"  {'sum':<32}{sum(plan['memory_gib'].values()):8.2f} GiB, and what CUDA takes for itself",
         "beside it in the computer's memory:",
         *host,
         f"disk for checkpoints: {kept_checkpoints(config)} x {plan['checkpoint_gib']:.2f} GiB; "

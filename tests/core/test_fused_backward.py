@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import nn
 
-from dfu_mlflow.checkpoint import CheckpointStore, load_checkpoint
+from dfu_mlflow.checkpoint import CheckpointStore, load_checkpoint, load_optimizer, optimizer_tensors
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
+from dfu_mlflow.config.schema import TrainConfig
 from dfu_mlflow.engines import check_launch
 from dfu_mlflow.errors import ConfigError, UserError
+from dfu_mlflow.fused import BackwardOptimizer
+from dfu_mlflow.optimizers import build_optimizer
 from dfu_mlflow.pipeline import build_parts
 from dfu_mlflow.preparation import prepare, read_source
 from dfu_mlflow.resume import check_same_run
@@ -190,3 +194,42 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UserError, match=r"--train.fused_backward false"):
         check_launch(train, 1)
+
+
+@pytest.mark.parametrize("name", optimizers())
+def test_states_cross_over_bit_for_bit(name: Any) -> None:
+    if name == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    config = TrainConfig(optimizer=name, fused_backward=True, max_grad_norm=None)
+    rows = torch.randn(8, 40)
+
+    def network() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(40, 120), nn.SiLU(), nn.Linear(120, 3))  # 4,800 weights: in 8 bit
+
+    def step(net: nn.Module, optimizer: torch.optim.Optimizer | BackwardOptimizer) -> None:
+        if isinstance(optimizer, BackwardOptimizer):
+            with optimizer.updating():
+                net(rows).pow(2).mean().backward()
+        else:
+            net(rows).pow(2).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    nets = [network(), network()]
+    built = [build_optimizer(nets[0].parameters(), config), BackwardOptimizer(nets[1].parameters(), config)]
+    for _ in range(3):
+        for net, optimizer in zip(nets, built, strict=True):
+            step(net, optimizer)
+    states = [{key: value.clone() for key, value in optimizer_tensors(optimizer).items()} for optimizer in built]
+    assert_same(states[0], states[1])
+    crossed = [network(), network()]
+    for net in crossed:
+        net.load_state_dict(nets[0].state_dict())
+    others = [build_optimizer(crossed[0].parameters(), config), BackwardOptimizer(crossed[1].parameters(), config)]
+    load_optimizer(others[0], states[1])
+    load_optimizer(others[1], states[0])
+    for net, optimizer in zip([*nets, *crossed], [*built, *others], strict=True):
+        step(net, optimizer)
+    for net in (nets[1], *crossed):
+        assert_same(nets[0].state_dict(), net.state_dict())
