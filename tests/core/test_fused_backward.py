@@ -18,7 +18,7 @@ from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
 from dfu_mlflow.config.schema import TrainConfig
 from dfu_mlflow.engines import check_launch
-from dfu_mlflow.errors import ConfigError, UserError
+from dfu_mlflow.errors import ConfigError, Interrupted, UserError
 from dfu_mlflow.fused import BackwardOptimizer
 from dfu_mlflow.optimizers import build_optimizer
 from dfu_mlflow.pipeline import build_parts
@@ -114,7 +114,7 @@ def test_a_run_goes_on_fused_or_not_as_if_unbroken(build: Build, optimizer: str,
     unbroken.fit()
     asked: list[bool] = []
     broken = build("b", lambda: asked.append(True) or len(asked) == 2, **change, fused_backward=before)  # type: ignore[func-returns-value]
-    with pytest.raises(UserError, match="step 2"):
+    with pytest.raises(Interrupted, match="step 2"):
         broken.fit()
     resumed = build("b", **change, fused_backward=after)
     checkpoint = load_checkpoint(resumed.store.complete()[-1])
