@@ -40,6 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "preparation",
         "progress",
         "resume",
+        "shards",
         "subject",
         "trainer",
         "verdict",
