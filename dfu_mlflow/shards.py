@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -143,7 +144,7 @@ class ShardEngine:
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Accumulate a micro-batch's gradient."""
-        (loss / self.train.gradient_accumulation_steps).backward()  # type: ignore[no-untyped-call]
+        (loss / self.train.gradient_accumulation_steps).backward()
 
     def update(self) -> float:
         """Clip and step; a non-finite gradient skips the step. Returns the gradient norm before clipping."""
@@ -153,12 +154,12 @@ class ShardEngine:
         squares = nn.utils.get_total_norm(gradients).square()
         dist.all_reduce(squares)
         norm = squares.sqrt()
-        if finite := bool(norm.isfinite()):
+        if math.isfinite(norm):
             if self.train.max_grad_norm is not None:
                 nn.utils.clip_grads_with_norm_(self.weights.values(), self.train.max_grad_norm, norm)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm) if finite else float("inf")
+        return float(norm)
 
     def state(self, wanted: bool) -> Tensors:
         """The optimizer's whole state in the computer's memory where it is wanted; every rank calls this."""

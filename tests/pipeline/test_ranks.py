@@ -76,7 +76,12 @@ class Launch:
 
 
 CHANGE: Change = {
-    "train": {"epochs": 2, "steps_per_epoch": STEPS // 2, "gradient_accumulation_steps": 2},
+    "train": {
+        "epochs": 2,
+        "steps_per_epoch": STEPS // 2,
+        "gradient_accumulation_steps": 2,
+        "lr_schedule": "constant",  # a run of one epoch is then the beginning of a run of two
+    },
     "sampling": {"batch_size": 4},
     "runtime": {"timeout_s": 30},
 }
@@ -130,15 +135,20 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     small_config_at: Callable[[Path], RunConfig], alone: Launch, tmp_path: Path
 ) -> None:
     folder = tmp_path / "changed"
-    half = merge(CHANGE, {"train": {"lr_schedule": "constant", "epochs": 1}})
-    whole = merge(half, {"train": {"epochs": 2}, "resume": "latest"})
-    constant = Launch(small_config_at, tmp_path / "constant", 1)
-    assert constant(merge(whole, {"resume": "none"})) == [0]
-    assert Launch(small_config_at, folder, 2)(half) == [0, 0]
+    assert Launch(small_config_at, folder, 2)(merge(CHANGE, {"train": {"epochs": 1}})) == [0, 0]
     resumed = Launch(small_config_at, folder, 1)
-    assert resumed(whole) == [0]
+    assert resumed(merge(CHANGE, {"resume": "latest"})) == [0]
     assert len(resumed.curve("step/loss")) == STEPS
-    same(constant, resumed, "step/loss", 1e-5)
+    same(alone, resumed, "step/loss", 1e-5)
+
+
+def test_four_ranks_learn_what_one_does(
+    small_config_at: Callable[[Path], RunConfig], alone: Launch, tmp_path: Path
+) -> None:
+    four = Launch(small_config_at, tmp_path / "four", 4)
+    assert four(merge(CHANGE, {"train": {"epochs": 1}, "ema": {"enabled": False}})) == [0] * 4
+    before, after = alone.curve("step/loss")[: STEPS // 2], four.curve("step/loss")
+    assert [value for _, value in after] == pytest.approx([value for _, value in before], rel=1e-5)
 
 
 def test_a_rank_killed_in_evaluation_ends_the_run_with_its_name(
@@ -187,7 +197,7 @@ def test_shards_train_checkpoint_resume_and_evaluate(
 def test_adapters_in_shards_go_on_in_one_process_and_back(
     small_config_at: Callable[[Path], RunConfig], tmp_path: Path
 ) -> None:
-    train = {"epochs": 3, "steps_per_epoch": 3, "lr_schedule": "constant"}
+    train = {"epochs": 3, "steps_per_epoch": 3}
     whole = merge(CHANGE, {"adapter": {"method": "lora", "rank": 3}, "train": train, "resume": "latest"})
     one = Launch(small_config_at, tmp_path / "one", 1)
     assert one(whole) == [0]
