@@ -1,4 +1,4 @@
-"""What moves gradients: one process or DDP, or DeepSpeed ZeRO-2. The trainer sees the same methods of each."""
+"""What moves gradients: one process or DDP, DeepSpeed ZeRO-2, FSDP2. The trainer sees the same methods of each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from dfu_mlflow.config.schema import RunConfig, TrainConfig
 from dfu_mlflow.ema import copy_into
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.fused import BackwardOptimizer
-from dfu_mlflow.ranks import uses_deepspeed
+from dfu_mlflow.ranks import uses_deepspeed, uses_fsdp
+from dfu_mlflow.shards import ShardEngine, plain_accelerator
 
 
 class Engine:
@@ -65,6 +66,10 @@ class Engine:
         context: AbstractContextManager[None] = self.accelerator.no_sync(self.unet)
         return context
 
+    def whole(self) -> AbstractContextManager[Mapping[str, nn.Parameter]]:
+        """Inside the block the network holds whole weights: what learns, by name. Every rank enters it."""
+        return nullcontext(self.weights)
+
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Accumulate a micro-batch's gradient; `last` of the step."""
         self.accelerator.backward(loss / self.train.gradient_accumulation_steps)
@@ -84,6 +89,14 @@ class Engine:
         Every rank calls this.
         """
         return optimizer_tensors(self.optimizer) if wanted else {}
+
+    def joined(self, parts: Mapping[str, torch.Tensor], wanted: bool) -> Tensors:
+        """Whole tensors from what each rank holds of them, by weight; every rank calls this."""
+        return {name: part.detach() for name, part in parts.items()} if wanted else {}
+
+    def parts(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+        """What this rank holds of whole tensors, by weight."""
+        return dict(tensors)
 
     def load(self, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
         """Put weights and the optimizer's state back."""
@@ -200,20 +213,19 @@ def check_launch(train: TrainConfig, processes: int = 1) -> None:
     Raises:
         UserError: naming the launch that does it.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise UserError("FSDP is not supported yet: launch with ddp or zero2")
-    if train.fused_backward and (processes > 1 or uses_deepspeed()):
+    if uses_fsdp() and os.environ.get("FSDP_VERSION", "2") != "2":
+        raise UserError("of FSDP only version 2 is supported: launch with fsdp2")
+    if uses_deepspeed() and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") != "2":
+        raise UserError("of DeepSpeed's stages only ZeRO-2 is supported: launch with fsdp2, ddp or zero2")
+    shards = "zero2" if uses_deepspeed() else "fsdp2" if uses_fsdp() else ""
+    if train.fused_backward and (processes > 1 or shards):
         raise UserError(
             f"--train.fused_backward steps before processes could average their gradients, and {processes} run: start "
             "it without a launcher, or set --train.fused_backward false"
         )
-    if not uses_deepspeed():
-        return
-    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") != "2":
-        raise UserError("of DeepSpeed's stages only ZeRO-2 is supported: launch with ddp or zero2")
-    if train.optimizer != "adamw" or train.mixed_precision == "fp16":
+    if shards and (train.optimizer != "adamw" or train.mixed_precision == "fp16"):
         raise UserError(
-            f"--launch zero2 shards AdamW in float32 or bf16: --train.optimizer {train.optimizer} with "
+            f"--launch {shards} shards AdamW in float32 or bf16: --train.optimizer {train.optimizer} with "
             f"--train.mixed_precision {train.mixed_precision} needs --launch ddp"
         )
 
@@ -222,6 +234,8 @@ def build_accelerator(device: torch.device, mixed_precision: str) -> Accelerator
     """accelerate as the launcher asks for it."""
     if uses_deepspeed():
         return Accelerator(mixed_precision="no")
+    if uses_fsdp():
+        return plain_accelerator(device)
     return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed_precision)
 
 
@@ -231,9 +245,9 @@ def build_engine(
     weights: Weights,
     optimizer: torch.optim.Optimizer | BackwardOptimizer,
     config: RunConfig,
-) -> Engine:
-    """The engine that goes with the accelerator."""
+) -> Engine | ShardEngine:
+    """The engine that the launcher asks for."""
     if isinstance(optimizer, BackwardOptimizer):
         return FusedEngine(accelerator, unet, weights, optimizer, config)
-    kind = ZeroEngine if uses_deepspeed() else Engine
+    kind = ZeroEngine if uses_deepspeed() else ShardEngine if uses_fsdp() else Engine
     return kind(accelerator, unet, weights, optimizer, config)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from dfu_mlflow.errors import Interrupted, UserError
 
@@ -12,6 +14,8 @@ USER_ERROR_CODE = 2
 INTERRUPTED_CODE = 130
 """What shells report for a program ended by Ctrl-C (128 + SIGINT)."""
 MAX_CHARACTERS = 4000
+LAST_WORDS = "DFU_MLFLOW_LAST_WORDS"
+"""Environment variable: where the processes of a launcher leave their message and exit code; it shows them once."""
 
 
 def split(arguments: Sequence[str], options: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
@@ -58,11 +62,24 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
     try:
         return main(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
-        print(f"error: {_line(error)}", file=sys.stderr)
-        return USER_ERROR_CODE
+        return _end(USER_ERROR_CODE, f"error: {_line(error)}")
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"interrupted: {_line(error) or 'stopped by the user'}", file=sys.stderr)
-        return INTERRUPTED_CODE
+        return _end(INTERRUPTED_CODE, f"interrupted: {_line(error) or 'stopped by the user'}")
+    except Exception:
+        if LAST_WORDS in os.environ:
+            _end(1, "")
+        raise
+
+
+def _end(code: int, line: str) -> int:
+    """Say the line, or leave it to the launcher of this process to be said."""
+    folder = os.environ.get(LAST_WORDS)
+    if folder is None:
+        print(line, file=sys.stderr)
+    else:
+        words = json.dumps({"code": code, "line": line})
+        Path(folder, f"{os.environ['RANK']:>06}.json").write_text(words, encoding="utf-8")
+    return code
 
 
 def _line(error: BaseException) -> str:

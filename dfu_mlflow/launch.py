@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from dfu_mlflow.entry import INTERRUPTED_CODE, LAST_WORDS
 from dfu_mlflow.errors import UserError
 
 FOLDER = Path(__file__).resolve().parent / "config" / "launch"
@@ -18,8 +22,8 @@ def launch_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def launch_command(launch: str, processes: str, device: str) -> list[str] | None:
-    """The start of the launcher's command line, to be followed by a module and its arguments.
+def launch_options(launch: str, processes: str, device: str) -> list[str] | None:
+    """What accelerate's launcher is to be told, to be followed by a module and its arguments.
 
     Args:
         launch: `none`, or one of `launch_names`.
@@ -41,18 +45,63 @@ def launch_command(launch: str, processes: str, device: str) -> list[str] | None
     if launch not in launch_names():
         raise UserError(f"--launch {launch}: unknown; {NONE}, {', '.join(launch_names())} are known")
     count = _count(processes, device)
-    options = ["--config_file", str(FOLDER / f"{launch}.yaml"), "--num_processes", str(count)]
-    return [sys.executable, "-m", "accelerate.commands.launch", *options]
+    return ["--config_file", str(FOLDER / f"{launch}.yaml"), "--num_processes", str(count)]
 
 
-def replace_process(command: Sequence[str], device: str) -> None:
-    """Become the launcher, so that signals and the exit code are its own; returns to nobody."""
-    environment = dict(os.environ)
-    if device == "cpu":
-        # DeepSpeed picks an accelerator by what is installed, not by what it is told.
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    sys.stdout.flush()
-    os.execvpe(command[0], list(command), environment)
+def run_launcher(command: Sequence[str], device: str, patience_s: float) -> int:
+    """Be the launcher: start the processes, hand signals on, and end as they end.
+
+    Args:
+        command: `launch_options`, then `-m`, a module and its arguments.
+        device: `cpu` hides the GPUs.
+        patience_s: what processes have to end by themselves (write a checkpoint) before they are killed.
+
+    Returns:
+        The exit code of the run: what its processes say on ending is shown once.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.utils import patch_environment
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    codes: list[int] = []
+    with TemporaryDirectory() as folder:
+        environment = {LAST_WORDS: folder, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(patience_s))}
+        if device == "cpu":
+            # DeepSpeed picks an accelerator by what is installed, not by what it is told.
+            environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        logging.disable(logging.ERROR)  # torchelastic tells in twenty lines what the processes say in one
+        try:
+            with patch_environment(**environment):
+                launch_command(launch_command_parser().parse_args(list(command)))
+        except ChildFailedError as error:
+            codes = [failure.exitcode for failure in error.failures.values()]
+        except SignalException:
+            codes = [INTERRUPTED_CODE]
+        finally:
+            logging.disable(logging.NOTSET)
+        return _ending(Path(folder), codes)
+
+
+def _ending(folder: Path, codes: list[int]) -> int:
+    """Show the last words of the first process that left any, and give back the run's exit code.
+
+    Args:
+        folder: of the last words.
+        codes: of the processes that ended first, none where all is well.
+    """
+    words = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.iterdir())]
+    lines = [word["line"] for word in words if word["line"]]
+    if lines:
+        print(lines[0], file=sys.stderr)
+    if any(word["code"] == 1 for word in words):  # a defect: its stack trace has been shown
+        return 1
+    if words:
+        return int(words[0]["code"])
+    if codes and codes[0] != INTERRUPTED_CODE:
+        print(f"error: processes ended without a word, with exit code {codes} (-9: out of memory?)", file=sys.stderr)
+        return 1
+    return codes[0] if codes else 0
 
 
 def _count(processes: str, device: str) -> int:

@@ -118,7 +118,7 @@ class Participant:
         """An epoch is done (0: none yet): look at its weights together, and let the main rank say how good they are."""
         looks = {}
         for shown in self.shown_weights(epoch):
-            with self.weights_of(shown):
+            with self.weights_of(shown), self.trainer.engine.whole():
                 moved = displacement(self.material.pipe.unet, self.start) if self.ranks.main else 0.0
                 looks[shown] = Look(self.observe(epoch), moved)
         return self.ranks.decided(lambda: self.conclude(epoch, training, looks), f"the evaluation of epoch {epoch}")

@@ -142,6 +142,8 @@ class Trainer:
         self.progress = Progress()
         self.engine = build_engine(accelerator, parts.unet, parts.weights, parts.optimizer, config)
         self.unet, self.optimizer = self.engine.unet, self.engine.optimizer
+        if parts.ema is not None:
+            parts.ema.average = self.engine.parts(parts.ema.average)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -255,10 +257,11 @@ class Trainer:
         """Share of the gradient norm that each loss term has, measured on the first micro-batch of the epoch."""
         if self.parts.objective.perceptual is None:
             return {"grad_share_perceptual": 0.0}
-        terms = self.losses(batch, self.parts.unet)  # bare: an engine's hooks wait for a backward pass of their own
-        assert terms.perceptual is not None
-        named = {"diffusion": terms.diffusion.mean(), "perceptual": terms.perceptual.mean()}
-        return {"grad_share_perceptual": gradient_shares(named, list(self.parts.weights.values()))["perceptual"]}
+        with self.engine.whole() as weights:
+            terms = self.losses(batch, self.parts.unet)  # bare: an engine's hooks wait for a backward pass of their own
+            assert terms.perceptual is not None
+            named = {"diffusion": terms.diffusion.mean(), "perceptual": terms.perceptual.mean()}
+            return {"grad_share_perceptual": gradient_shares(named, list(weights.values()))["perceptual"]}
 
     def set_learning_rate(self) -> float:
         """Learning rate of the coming step."""
@@ -306,10 +309,12 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of everything that decides what comes next."""
         self.hooks.before_checkpoint()
-        optimizer = self.engine.state(wanted=self.ranks.main)
-        if not self.ranks.main:
+        ema, main = self.parts.ema, self.ranks.main
+        optimizer = self.engine.state(wanted=main)
+        weights = self.engine.joined(self.parts.weights, wanted=main)
+        average = {} if ema is None else self.engine.joined(ema.average, wanted=main)
+        if not main:
             return
-        ema = self.parts.ema
         state = {
             **vars(self.progress),
             "ema_updates": 0 if ema is None else ema.updates,
@@ -317,8 +322,6 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
             **self.hooks.facts,
         }
-        weights = {name: weight.detach() for name, weight in self.parts.weights.items()}
-        average = {} if ema is None else ema.average
         self.store.save(Checkpoint(weights, average, optimizer, state))
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -326,7 +329,7 @@ class Trainer:
         state = checkpoint.state
         self.engine.load(checkpoint.weights, checkpoint.optimizer)
         if self.parts.ema is not None:
-            self.parts.ema.load(checkpoint.ema, int(state["ema_updates"]))
+            self.parts.ema.load(self.engine.parts(checkpoint.ema), int(state["ema_updates"]))
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**{key: state[key] for key in vars(Progress())})

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig, load
-from dfu_mlflow.launch import NONE, launch_command, replace_process
+from dfu_mlflow.launch import NONE, launch_options, run_launcher
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -20,10 +20,10 @@ def main(arguments: Sequence[str]) -> int:
 
         print_plan(config)
         return 0
-    launcher = launch_command(options["launch"], options["processes"], config.device)
+    launcher = launch_options(options["launch"], options["processes"], config.device)
     if launcher is not None:
         command = [*launcher, "-m", "entrypoints.train", "--config", options["config"], *flags]
-        replace_process(command, config.device)
+        return run_launcher(command, config.device, config.runtime.timeout_s)
     from dfu_mlflow.pipeline import run_training
     from dfu_mlflow.ranks import is_main_process
     from registry.publish import publish

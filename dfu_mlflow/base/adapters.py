@@ -67,7 +67,10 @@ def lora_config(config: AdapterConfig) -> LoraConfig:
 
 def trainable_fraction(unet: nn.Module, weights: Weights) -> float:
     """Trainable weights / all weights of the UNet, adapters included (the founding runs' 11.5 % counts so)."""
-    return sum(weight.numel() for weight in weights.values()) / sum(weight.numel() for weight in unet.parameters())
+    sizes = {
+        name: weight.numel() for name, weight in unet.named_parameters()
+    }  # of whole weights, where ranks have parts
+    return sum(sizes[name] for name in weights) / sum(sizes.values())
 
 
 def snapshot(unet: nn.Module, config: AdapterConfig) -> dict[str, torch.Tensor]:

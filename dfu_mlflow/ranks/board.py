@@ -7,6 +7,7 @@ store lives in the launcher, so it outlives every rank.
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -14,9 +15,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from dfu_mlflow.entry import USER_ERROR_CODE
+from dfu_mlflow.errors import Interrupted
+
 BEAT_S = 0.5
 SILENT_S = 4.0
 """A rank without a beat for eight beats is taken for dead, but only once something else has gone wrong."""
+
+GRACE_S = 5.0
+"""What a rank has to end by itself once another one has failed."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,8 @@ class Board:
         """Say why this rank ends; the first word counts."""
         with suppress(RuntimeError):  # without a launcher the store dies with rank 0, which has told by then
             self._store.set(f"left/{self.index}", json.dumps({"kind": kind, "message": message}))
+            if kind != Interrupted.__name__:  # others who are interrupted may still be writing a checkpoint
+                self._store.set("failed", "")
 
     def left(self) -> tuple[int, dict[str, str]] | None:
         """A rank that has said why it ends, with `kind` and `message`."""
@@ -114,11 +123,17 @@ class Board:
         self._thread.join()
 
     def _keep_beating(self, store: Any) -> None:
+        left_s = GRACE_S
         while not self._stopped.wait(BEAT_S):
             try:
                 self._beat(store)
+                failed = self.index > 0 and store.check(["failed"])
             except RuntimeError:  # the launcher is gone, and with it everybody who could read this
                 return
+            if failed:
+                left_s -= BEAT_S
+            if left_s < 0:  # it hangs; a launcher would wait for it. The main rank has a run to close
+                os._exit(USER_ERROR_CODE)
 
     def _beat(self, store: Any) -> None:
         self._beats += 1

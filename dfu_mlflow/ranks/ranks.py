@@ -229,6 +229,11 @@ def uses_deepspeed() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
+def uses_fsdp() -> bool:
+    """Has the launcher asked for FSDP?"""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 @contextmanager
 def joined(device: torch.device, timeout_s: float, stop: StopRequest) -> Iterator[Ranks]:
     """Join the other processes that a launcher (accelerate, torchrun) has started; without one be the only rank.

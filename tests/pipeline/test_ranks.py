@@ -76,7 +76,12 @@ class Launch:
 
 
 CHANGE: Change = {
-    "train": {"epochs": 2, "steps_per_epoch": STEPS // 2, "gradient_accumulation_steps": 2},
+    "train": {
+        "epochs": 2,
+        "steps_per_epoch": STEPS // 2,
+        "gradient_accumulation_steps": 2,
+        "lr_schedule": "constant",  # a run of one epoch is then the beginning of a run of two
+    },
     "sampling": {"batch_size": 4},
     "runtime": {"timeout_s": 30},
 }
@@ -87,6 +92,10 @@ ZERO2 = {
     "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
     "DS_ACCELERATOR": "cpu",
 }
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+sharded = pytest.mark.parametrize("launcher", [ZERO2, FSDP2], ids=["zero2", "fsdp2"])
 
 
 @pytest.fixture(scope="module")
@@ -126,15 +135,20 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     small_config_at: Callable[[Path], RunConfig], alone: Launch, tmp_path: Path
 ) -> None:
     folder = tmp_path / "changed"
-    half = merge(CHANGE, {"train": {"lr_schedule": "constant", "epochs": 1}})
-    whole = merge(half, {"train": {"epochs": 2}, "resume": "latest"})
-    constant = Launch(small_config_at, tmp_path / "constant", 1)
-    assert constant(merge(whole, {"resume": "none"})) == [0]
-    assert Launch(small_config_at, folder, 2)(half) == [0, 0]
+    assert Launch(small_config_at, folder, 2)(merge(CHANGE, {"train": {"epochs": 1}})) == [0, 0]
     resumed = Launch(small_config_at, folder, 1)
-    assert resumed(whole) == [0]
+    assert resumed(merge(CHANGE, {"resume": "latest"})) == [0]
     assert len(resumed.curve("step/loss")) == STEPS
-    same(constant, resumed, "step/loss", 1e-5)
+    same(alone, resumed, "step/loss", 1e-5)
+
+
+def test_four_ranks_learn_what_one_does(
+    small_config_at: Callable[[Path], RunConfig], alone: Launch, tmp_path: Path
+) -> None:
+    four = Launch(small_config_at, tmp_path / "four", 4)
+    assert four(merge(CHANGE, {"train": {"epochs": 1}, "ema": {"enabled": False}})) == [0] * 4
+    before, after = alone.curve("step/loss")[: STEPS // 2], four.curve("step/loss")
+    assert [value for _, value in after] == pytest.approx([value for _, value in before], rel=1e-5)
 
 
 def test_a_rank_killed_in_evaluation_ends_the_run_with_its_name(
@@ -166,24 +180,45 @@ def test_a_batch_that_cannot_be_shared_is_refused(small_config_at: Callable[[Pat
     assert "--train.batch_size 3 cannot be shared equally by 2 processes: take 4" in told
 
 
-def test_zero2_trains_checkpoints_resumes_and_evaluates(
-    small_config_at: Callable[[Path], RunConfig], alone: Launch, tmp_path: Path
+@sharded
+def test_shards_train_checkpoint_resume_and_evaluate(
+    small_config_at: Callable[[Path], RunConfig], alone: Launch, tmp_path: Path, launcher: Mapping[str, str]
 ) -> None:
-    pair = Launch(small_config_at, tmp_path / "zero", 2)
+    pair = Launch(small_config_at, tmp_path / "shards", 2)
     stopped = merge(CHANGE, {"resume": "latest", "checkpoint": {"every_steps": 6}})
-    assert pair(stopped, ZERO2, dies="SIGKILL", after=2) == [2, -9]
-    assert pair(stopped, ZERO2) == [0, 0]
+    assert pair(stopped, launcher, dies="SIGKILL", after=2) == [2, -9]
+    assert pair(stopped, launcher) == [0, 0]
     same(alone, pair, "step/loss", 1e-5)
-    same(alone, pair, "eval/fd", 1e-4)
+    for key in ("val/loss", "val_ema/loss", "eval/fd", "eval_ema/fd", "model/displacement"):
+        same(alone, pair, key, 1e-4)
+    assert alone.run().data.params["trainable_fraction"] == pair.run().data.params["trainable_fraction"]
 
 
-def test_zero2_skips_a_step_that_is_not_finite_and_names_all_its_photographs(
+def test_adapters_in_shards_go_on_in_one_process_and_back(
     small_config_at: Callable[[Path], RunConfig], tmp_path: Path
+) -> None:
+    train = {"epochs": 3, "steps_per_epoch": 3}
+    whole = merge(CHANGE, {"adapter": {"method": "lora", "rank": 3}, "train": train, "resume": "latest"})
+    one = Launch(small_config_at, tmp_path / "one", 1)
+    assert one(whole) == [0]
+    folder = tmp_path / "changing"
+    pair, single = Launch(small_config_at, folder, 2), Launch(small_config_at, folder, 1)
+    assert pair(merge(whole, {"train": {"epochs": 1}}), FSDP2) == [0, 0]
+    assert single(merge(whole, {"train": {"epochs": 2}})) == [0]
+    assert pair(whole, FSDP2) == [0, 0]
+    assert len(pair.curve("step/loss")) == 9
+    same(one, pair, "step/loss", 1e-5)
+    same(one, pair, "model/displacement", 1e-4)
+
+
+@sharded
+def test_shards_skip_a_step_that_is_not_finite_and_name_all_its_photographs(
+    small_config_at: Callable[[Path], RunConfig], tmp_path: Path, launcher: Mapping[str, str]
 ) -> None:
     pair = Launch(small_config_at, tmp_path / "blown", 2)
     train = {"learning_rate": 1e30, "max_nonfinite_steps": 2}  # the first update ends the network
     change = merge(CHANGE, {"train": train, "checkpoint": {"every_steps": 1, "keep_last": 3}})
-    assert pair(change, ZERO2) == [2, 2]
+    assert pair(change, launcher) == [2, 2]
     reason = pair.run().data.tags["exit.reason"]
     assert "not finite for 2 steps in a row, last at step 3 on " in reason
     assert reason.count("[image]") > 4, "one process has four of the step's eight"
@@ -193,14 +228,15 @@ def test_zero2_skips_a_step_that_is_not_finite_and_names_all_its_photographs(
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-def test_zero2_in_bf16_with_the_perceptual_term_learns_what_one_process_does(
-    small_config_at: Callable[[Path], RunConfig], tmp_path: Path
+@sharded
+def test_shards_in_bf16_with_the_perceptual_term_learn_what_one_process_does(
+    small_config_at: Callable[[Path], RunConfig], tmp_path: Path, launcher: Mapping[str, str]
 ) -> None:
     term = {"loss": {"perceptual_loss": {"enabled": True, "max_timestep": 1000}}}
     change = merge(merge(CHANGE, term), {"train": {"epochs": 1, "steps_per_epoch": 3, "mixed_precision": "bf16"}})
     one, pair = Launch(small_config_at, tmp_path / "one", 1), Launch(small_config_at, tmp_path / "pair", 2)
     assert one(change) == [0]
-    assert pair(change, ZERO2) == [0, 0]
+    assert pair(change, launcher) == [0, 0]
     same(one, pair, "step/loss", 1e-2)
     ((_, share),) = pair.curve("train/grad_share_perceptual")  # the mean of each rank's own, so not that of one process
     assert 0 < share < 1

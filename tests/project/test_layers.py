@@ -41,6 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "preparation",
         "progress",
         "resume",
+        "shards",
         "subject",
         "trainer",
         "verdict",
