@@ -96,7 +96,6 @@ def test_presets_fit_their_cards(preset: str, card_gib: float) -> None:
     cuda = 1.5  # context, libraries' workspaces, what the allocator cannot use: not in the plan
     assert sum(gib.values()) + cuda < card_gib, gib
     assert gib["EMA"] == 0.0
-    print(preset, gib, sum(gib.values()))
 
 
 def test_gradients_of_a_fused_backward_pass_are_not_kept(random_base: Path) -> None:
