@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -82,7 +81,7 @@ class Told:
         folder: where its weights are, or why they are not at hand.
         lacking: see `Case`.
         notes: for the user.
-        foreign: it is no run of this project, whose defaults say nothing about it.
+        foreign: no whole configuration of this project tells of it, and the defaults say nothing about it.
     """
 
     configuration: Tree | None
@@ -147,7 +146,7 @@ def tell_of_run(run: str) -> Told:
     place: Path | str = "the run has no configuration, so its folder is not known"
     if configuration:
         place = Path(configuration["output_dir"]) / match[1][:8]
-    return Told(configuration, settings, curves, tags, life, place, lacking)
+    return Told(configuration, settings, curves, tags, life, place, lacking, foreign=not configuration)
 
 
 def tell_of_checkpoint(options: DiagnoseOptions, config_name: str | None) -> Told:
@@ -182,8 +181,10 @@ def build_case(options: DiagnoseOptions, told: Told, stated: Tree) -> Case:
     unnamed = {part: words for part, (keys, words) in UNNAMED.items() if not any(_states(tree, key) for key in keys)}
     unnamed = unnamed if told.foreign else {}
     if told.foreign and "base" not in unnamed and not _states(tree, "data.resolution_px"):
-        with suppress(Lacking):  # what the base is made for, where nothing says what the run used
+        try:  # what the base is made for, where nothing says what the run used
             tree = merge(tree, {"data": {"resolution_px": native_px(tree["base_model"])}})
+        except Lacking as reason:
+            unnamed["resolution"] = f"{reason}: give --data.resolution_px"
     config = validate(RunConfig, tree)
     typed = {key: value for key, value in flatten(config).items() if _states(stated, key)}
     settings = {**told.settings, **typed}

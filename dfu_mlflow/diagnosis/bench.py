@@ -45,7 +45,8 @@ class Bench:
         folder: pictures that the run drew, None to draw them.
         embeddings: file of the text embeddings that the run trained on, None where it is not given.
         updates: optimizer updates done, None where it is not known.
-        unnamed: `base` or `photographs` -> what to say, where nobody named them and a default would be a wrong one.
+        unnamed: `base`, `photographs` or `resolution` -> what to say, where nobody named it and a default would be a
+            wrong one.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Bench:
     @cached_property
     def material(self) -> Material:
         """Base, photographs and latents; `Lacking` where one of them cannot be had."""
-        self._require("base", "photographs")
+        self._require("base", "photographs", "resolution")
         try:
             material = prepare(self.config, read_source(self.config))
         except UserError as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +15,10 @@ from safetensors.torch import save_file
 
 from dfu_mlflow.diagnosis.diagnose import Diagnosis
 from dfu_mlflow.diagnosis.foreign import read_foreign
+from dfu_mlflow.diagnosis.lacking import Lacking
 from dfu_mlflow.errors import UserError
 from entrypoints.diagnose import main
-from registry.diagnose import DiagnoseOptions, run_diagnosis
+from registry.diagnose import DiagnoseOptions, Told, build_case, run_diagnosis
 
 STEPS = 30
 WORDS = {
@@ -98,6 +101,24 @@ def test_photographs_and_base_that_nobody_named_are_not_replaced_by_defaults(
     nothing = examine(foreign, [], monkeypatch, tmp_path, config=False)
     assert nothing.findings == ()
     assert "the base was not named (--base_model)" in nothing.unable["text_mismatch"]
+
+
+def test_a_resolution_that_nobody_stated_is_the_bases_own_or_lacking(
+    foreign: Path, random_base: Path, tmp_path: Path
+) -> None:
+    options = DiagnoseOptions(checkpoint=foreign)
+    silent = Told(None, {}, {}, {}, None, "no weights", {}, foreign=True)
+    native = build_case(options, silent, {"base_model": str(random_base)})
+    assert native.bench is not None
+    assert native.bench.config.data.resolution_px == 4 * native.bench.base.unet.config.sample_size
+    assert "data.resolution_px" not in native.settings
+    untold = shutil.copytree(random_base, tmp_path / "base")
+    (untold / "vae" / "config.json").write_text("{}", encoding="utf-8")
+    stated: dict[str, Any] = {"base_model": str(untold), "data": {"root": str(tmp_path)}}
+    lacking = build_case(options, silent, stated).bench
+    assert lacking is not None
+    with pytest.raises(Lacking, match=r"give --data\.resolution_px"):
+        assert lacking.material
 
 
 def test_curves_tell_where_no_base_is_at_hand(foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
