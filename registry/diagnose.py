@@ -46,6 +46,13 @@ UNNAMED: Mapping[str, tuple[tuple[str, ...], str]] = MappingProxyType(
     }
 )
 """What a fine-tune made elsewhere must say: its settings, and what is missing where it does not."""
+SPLIT_KEYS = ("data.validation_fraction", "seed")
+"""Settings that, with the photographs, make this project's split again; its manifests have no column of sides."""
+NO_SPLIT = (
+    "the run's own split is not known: where this project made it, state --data.validation_fraction and --seed; else "
+    "compare the patients on its two sides yourself"
+)
+NO_CACHE = "the run's own cache of latents is not known: one that this project fills now is never stale"
 BUDGET_FILE = "budget.txt"
 """Beside the findings in a folder: `cheap` or `full`."""
 
@@ -179,7 +186,9 @@ def build_case(options: DiagnoseOptions, told: Told, stated: Tree) -> Case:
     options_of_ours = {"output_dir": str(OUTPUT_DIR), "resume": "none"}
     tree = merge(merge(told.configuration or {}, stated), options_of_ours)
     unnamed = {part: words for part, (keys, words) in UNNAMED.items() if not any(_states(tree, key) for key in keys)}
-    unnamed = unnamed if told.foreign else {}
+    unnamed = {**unnamed, "cache": NO_CACHE} if told.foreign else {}
+    if told.foreign and not all(_states(tree, key) for key in SPLIT_KEYS):
+        unnamed["split"] = NO_SPLIT
     if told.foreign and "base" not in unnamed and not _states(tree, "data.resolution_px"):
         try:  # what the base is made for, where nothing says what the run used
             tree = merge(tree, {"data": {"resolution_px": native_px(tree["base_model"])}})

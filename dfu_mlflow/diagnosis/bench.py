@@ -45,8 +45,8 @@ class Bench:
         folder: pictures that the run drew, None to draw them.
         embeddings: file of the text embeddings that the run trained on, None where it is not given.
         updates: optimizer updates done, None where it is not known.
-        unnamed: `base`, `photographs` or `resolution` -> what to say, where nobody named it and a default would be a
-            wrong one.
+        unnamed: `base`, `photographs`, `resolution`, `split` or `cache` -> what to say, where nobody named it and this
+            project's own would be a wrong one.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Bench:
     @cached_property
     def material(self) -> Material:
         """Base, photographs and latents; `Lacking` where one of them cannot be had."""
-        self._require("base", "photographs", "resolution")
+        self.require("base", "photographs", "resolution")
         try:
             material = prepare(self.config, read_source(self.config))
         except UserError as error:
@@ -95,7 +95,7 @@ class Bench:
     @cached_property
     def split(self) -> Split:
         """Photographs by side; needs no base."""
-        self._require("photographs")
+        self.require("photographs")
         try:
             return load_split(self.config.data, self.config.seed)[0]
         except UserError as error:
@@ -116,7 +116,7 @@ class Bench:
             return self.material.pipe
         from dfu_mlflow.base.load import load_base
 
-        self._require("base")
+        self.require("base")
         try:
             return load_base(self.config.base_model)
         except UserError as error:
@@ -233,7 +233,8 @@ class Bench:
         """The run's sampling settings with some changed."""
         return replace(sampling_settings(self.config, self.material.train), **change)
 
-    def _require(self, *parts: str) -> None:
+    def require(self, *parts: str) -> None:
+        """Raise `Lacking` for a part that nobody named, see `unnamed`."""
         for part in parts:
             if part in self.unnamed:
                 raise Lacking(self.unnamed[part])

@@ -13,7 +13,10 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 
+from dfu_mlflow.diagnosis.checks.patient_leakage import PatientLeakage
+from dfu_mlflow.diagnosis.checks.stale_cache import StaleCache
 from dfu_mlflow.diagnosis.diagnose import Diagnosis
+from dfu_mlflow.diagnosis.finding import CannotRun, Healthy
 from dfu_mlflow.diagnosis.foreign import read_foreign
 from dfu_mlflow.diagnosis.lacking import Lacking
 from dfu_mlflow.errors import UserError
@@ -84,8 +87,10 @@ def test_the_lagging_average_is_found_without_photographs(
     assert diagnosis.findings[0].severity == "blocker"
     assert float(diagnosis.findings[0].evidence["coverage"].value) < 0.25
     assert [finding.id for finding in diagnosis.findings if finding.severity != "note"] == ["ema_lag"]
-    for check in ("memorisation", "patient_leakage", "stale_cache", "text_mismatch"):
+    for check in ("memorisation", "metric_input_broken", "text_mismatch"):
         assert "nowhere" in diagnosis.unable[check]
+    assert "own split" in diagnosis.unable["patient_leakage"]
+    assert "own cache" in diagnosis.unable["stale_cache"]
     assert "curves" in diagnosis.unable["noisy_validation"]
     assert "exit.reason" in diagnosis.unable["eval_oom"]
 
@@ -96,7 +101,7 @@ def test_photographs_and_base_that_nobody_named_are_not_replaced_by_defaults(
     """A default would judge somebody's wounds by procedural pictures."""
     diagnosis = examine(foreign, [], monkeypatch, tmp_path)
     assert [finding.id for finding in diagnosis.findings if finding.severity != "note"] == ["ema_lag"]
-    for check in ("memorisation", "patient_leakage", "stale_cache", "metric_input_broken"):
+    for check in ("memorisation", "patient_leakage", "metric_input_broken"):
         assert "no photographs were named (--data.root" in diagnosis.unable[check]
     nothing = examine(foreign, [], monkeypatch, tmp_path, config=False)
     assert nothing.findings == ()
@@ -119,6 +124,24 @@ def test_a_resolution_that_nobody_stated_is_the_bases_own_or_lacking(
     assert lacking is not None
     with pytest.raises(Lacking, match=r"give --data\.resolution_px"):
         assert lacking.material
+
+
+def test_a_split_and_a_cache_made_for_the_diagnosis_are_not_found_sound(
+    foreign: Path, random_base: Path, photographs: Path, tmp_path: Path
+) -> None:
+    """They are this project's, not what the run trained on."""
+    silent = Told(None, {}, {}, {}, None, "no weights", {}, foreign=True)
+    data: dict[str, Any] = {"root": str(photographs), "group_by": r"^P(\d+)", "cache_dir": str(tmp_path)}
+    stated: dict[str, Any] = {"base_model": str(random_base), "data": data}
+    case = build_case(DiagnoseOptions(checkpoint=foreign), silent, stated)
+    for check, reason in ((StaleCache(), "cache of latents"), (PatientLeakage(), "own split is not known")):
+        outcome = check.run(case)
+        assert isinstance(outcome, CannotRun)
+        assert reason in outcome.reason
+    remade = {**stated, "seed": 3, "data": {**data, "validation_fraction": 0.3}}
+    case = build_case(DiagnoseOptions(checkpoint=foreign), silent, remade)
+    assert isinstance(PatientLeakage().run(case), Healthy)
+    assert isinstance(StaleCache().run(case), CannotRun)
 
 
 def test_curves_tell_where_no_base_is_at_hand(foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

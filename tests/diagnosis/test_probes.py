@@ -181,8 +181,11 @@ def test_copies_are_found(small_config: RunConfig, tmp_path: Path) -> None:
         if isinstance(outcome, Finding):
             names_nobody(outcome, bench)
             assert outcome.fix == {"train.epochs": config.train.epochs // 2}
-            once = run(Memorisation(), changed(config, {"train": {"epochs": 1}}), folder=folder)
+            assert "held_out_side" not in outcome.evidence
+            foreign = {"split": "not known"}
+            once = run(Memorisation(), changed(config, {"train": {"epochs": 1}}), folder=folder, unnamed=foreign)
             assert isinstance(once, Finding)
+            assert "assumed unseen" in str(once.evidence["held_out_side"].value)
             assert once.fix == {"train.learning_rate": config.train.learning_rate / 2}
 
 
