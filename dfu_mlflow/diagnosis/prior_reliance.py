@@ -73,7 +73,9 @@ class PriorReliance:
         pull, pull_short: conditional pull of the prompts and of the shortest ones, on the base.
         moved: how far pictures have gone from the base's at equal seeds, in any direction, relative to how far the
             photographs are from the base's; None without fine-tuned weights.
-        reliance: prior reliance with its 95 % interval over pictures and photographs; None as `moved`.
+        reliance: prior reliance with its 95 % interval over pictures and photographs; None as `moved`, and for a class
+            with a single held-out patient.
+        unsaid: why there is no `reliance`, empty where there is.
         words: word -> conditional pull lost when it is left out, largest first.
     """
 
@@ -84,6 +86,7 @@ class PriorReliance:
     pull_short: float
     moved: float | None
     reliance: Estimate | None
+    unsaid: str
     words: Mapping[str, float]
 
 
@@ -97,25 +100,31 @@ def prior_reliance(bench: Bench) -> PriorReliance:
         name: bench.losses("base", each) for name, each in (("own", told), ("short", brief), ("empty", _empty(told)))
     }
     scale = float(losses["empty"].mean())
-    drawn = _drawn(bench) if bench.has_weights else None
+    moved, found, unsaid = _of_pictures(bench)
     return PriorReliance(
         lints={label: lint(prompt, material.pipe.tokenizer) for label, prompt in prompts.items()},
         over_short=_difference(losses["own"], losses["short"], scale),
         over_empty=_difference(losses["own"], losses["empty"], scale),
         pull=conditional_pull(bench, told),
         pull_short=conditional_pull(bench, brief),
-        moved=None if drawn is None else moved_from_base(drawn),
-        reliance=None if drawn is None else _reliance_if_known(drawn, bench.config.evaluation.seed),
+        moved=moved,
+        reliance=found,
+        unsaid=unsaid,
         words=word_pulls(bench, max(prompts.values(), key=len)),
     )
 
 
-def _reliance_if_known(drawn: Drawn, seed: int) -> Estimate | None:
-    """None for a set so small that a class has a single held-out patient: the other figures need no second one."""
+def _of_pictures(bench: Bench) -> tuple[float | None, Estimate | None, str]:
+    """`moved`, `reliance` and `unsaid`: what needs weights or a second patient is no reason to lose the rest."""
+    if isinstance(bench.files, str):
+        return None, None, bench.files
+    moved = None
     try:
-        return reliance(drawn, seed)
-    except Lacking:
-        return None
+        drawn = _drawn(bench)
+        moved = moved_from_base(drawn)
+        return moved, reliance(drawn, bench.config.evaluation.seed), ""
+    except Lacking as reason:
+        return moved, None, str(reason)
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from dfu_mlflow.diagnosis.checks.stale_cache import StaleCache
 from dfu_mlflow.diagnosis.checks.text_mismatch import TextMismatch
 from dfu_mlflow.diagnosis.finding import Finding, Healthy, Outcome
 from dfu_mlflow.diagnosis.text_variants import text_variants
+from dfu_mlflow.diagnosis.weights import WeightFiles
 from dfu_mlflow.types import Record
 
 NO_WEIGHTS = "no checkpoint was given"
@@ -201,10 +202,27 @@ def test_prior_reliance_is_measured(small_config: RunConfig) -> None:
     assert any(name.startswith("pull_of.") for name in found.evidence)
 
 
+def test_a_class_with_one_held_out_patient_keeps_what_needs_no_second_one(
+    small_config: RunConfig, tmp_path: Path
+) -> None:
+    weights = {name: 1.5 * weight for name, weight in Bench(small_config, NO_WEIGHTS).base.unet.named_parameters()}
+    save_file(weights, tmp_path / "weights.safetensors")
+    small = changed(small_config, {"data": {"validation_fraction": 0.05}})
+    bench = Bench(small, WeightFiles(tmp_path / "weights.safetensors"))
+    assert min(len({each.patient for each in bench.split.held_out if each.label == name}) for name in "IPR") == 1
+    outcome = PromptPrior().run(Case("a run", flatten(small), bench=bench))
+    assert isinstance(outcome, Healthy)
+    assert "two held-out patients" in str(outcome.evidence["prior_reliance"].value)
+    assert float(outcome.evidence["moved_from_base"].value) > 0
+    assert {"loss_over_short", "loss_over_empty", "conditional_pull"} <= outcome.evidence.keys()
+    named_only = Case("a run", flatten(small), bench=Bench(small, NO_WEIGHTS, unnamed={"photographs": "none named"}))
+    by_words = PromptPrior().run(named_only)
+    assert isinstance(by_words, Healthy)
+    assert by_words.evidence["losses"].value == "not measured: none named"
+
+
 def test_moved_weights_draw_other_pictures(small_config: RunConfig, tmp_path: Path) -> None:
     """The bench's fine-tuned network is the base plus the change, and the base stays as it was."""
-    from dfu_mlflow.diagnosis.weights import WeightFiles
-
     base = Bench(small_config, NO_WEIGHTS).base.unet
     before = {name: weight.detach().clone() for name, weight in base.named_parameters()}
     save_file({name: 1.5 * weight for name, weight in before.items()}, tmp_path / "weights.safetensors")

@@ -32,7 +32,7 @@ class PromptPrior(Check):
 
     def examine(self, case: Case) -> Finding | Healthy:
         """The linter says what to suspect, the losses whether it is so."""
-        measured = self._measured(case)
+        measured, unsaid = self._measured(case)
         lints = measured.lints if measured else self._lints(case)
         longest = max(lints.values(), key=lambda each: each.tokens)
         styled = max(lints.values(), key=lambda each: len(each.style_words)).style_words
@@ -43,6 +43,8 @@ class PromptPrior(Check):
         }
         if measured:
             evidence |= _figures(measured)
+        if unsaid:
+            evidence[RELIANCE if measured else "losses"] = Figure(f"not measured: {unsaid}"[:200])
         suspicious = longest.tokens >= LONG and len(styled) >= STYLED
         if not suspicious and not longest.cut_off:
             return Healthy(evidence)
@@ -65,13 +67,15 @@ class PromptPrior(Check):
             {"prompts.style": "minimal", "prompts.phase_prompts": None},
         )
 
-    def _measured(self, case: Case) -> PriorReliance | None:
+    def _measured(self, case: Case) -> tuple[PriorReliance | None, str]:
+        """What can be measured, and why something or all of it cannot."""
         if case.bench is None:
-            return None
+            return None, ""
         try:
-            return prior_reliance(case.bench)
-        except Lacking:
-            return None
+            measured = prior_reliance(case.bench)
+        except Lacking as reason:
+            return None, str(reason)
+        return measured, measured.unsaid
 
     def _lints(self, case: Case) -> dict[str, Lint]:
         prompts = {
