@@ -37,11 +37,12 @@ them."""
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference of losses, relative to the loss without any prompt, with its 95 % interval over images."""
+    """A paired difference of losses, relative to the loss without any prompt, with its 95 % interval over patients;
+    a single patient gives none."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ def prior_reliance(bench: Bench) -> PriorReliance:
     moved, found, unsaid = _of_pictures(bench)
     return PriorReliance(
         lints={label: lint(prompt, material.pipe.tokenizer) for label, prompt in prompts.items()},
-        over_short=_difference(losses["own"], losses["short"], scale),
-        over_empty=_difference(losses["own"], losses["empty"], scale),
+        over_short=_difference(bench.by_patient(losses["own"] - losses["short"]) / scale),
+        over_empty=_difference(bench.by_patient(losses["own"] - losses["empty"]) / scale),
         pull=conditional_pull(bench, told),
         pull_short=conditional_pull(bench, brief),
         moved=moved,
@@ -177,11 +178,12 @@ def _empty(told: Conditioner) -> Conditioner:
     )
 
 
-def _difference(one: torch.Tensor, other: torch.Tensor, scale: float) -> Difference:
-    """Paired by image."""
-    change = (one - other).mean(dim=1) / scale
-    half = NORMAL_95 * float(change.std()) / len(change) ** 0.5 if len(change) > 1 else 0.0
+def _difference(change: torch.Tensor) -> Difference:
+    """Of changes by patient [P]."""
     mean = float(change.mean())
+    if len(change) < 2:
+        return Difference(mean, None, None)
+    half = NORMAL_95 * float(change.std()) / len(change) ** 0.5
     return Difference(mean, mean - half, mean + half)
 
 

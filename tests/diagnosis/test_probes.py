@@ -28,10 +28,11 @@ from dfu_mlflow.diagnosis.checks.patient_leakage import PatientLeakage
 from dfu_mlflow.diagnosis.checks.prompt_prior import PromptPrior
 from dfu_mlflow.diagnosis.checks.stale_cache import StaleCache
 from dfu_mlflow.diagnosis.checks.text_mismatch import TextMismatch
-from dfu_mlflow.diagnosis.finding import Finding, Healthy, Outcome
+from dfu_mlflow.diagnosis.finding import CannotRun, Finding, Healthy, Outcome
 from dfu_mlflow.diagnosis.text_variants import text_variants
 from dfu_mlflow.diagnosis.weights import WeightFiles
 from dfu_mlflow.types import Record
+from dfu_mlflow.validation import grid_rows
 
 NO_WEIGHTS = "no checkpoint was given"
 
@@ -219,6 +220,28 @@ def test_a_class_with_one_held_out_patient_keeps_what_needs_no_second_one(
     by_words = PromptPrior().run(named_only)
     assert isinstance(by_words, Healthy)
     assert by_words.evidence["losses"].value == "not measured: none named"
+
+
+def test_photographs_of_one_patient_count_as_one(small_config: RunConfig, tmp_path: Path) -> None:
+    bench = Bench(small_config, NO_WEIGHTS)
+    rows = grid_rows(len(bench.material.held_out), small_config.evaluation.validation_images)
+    owners = [bench.material.held_out.names[row][:4] for row in rows]  # P000
+    values = torch.arange(len(rows), dtype=torch.float64)
+    wanted = [float(values[[each == owner for each in owners]].mean()) for owner in sorted(set(owners))]
+    assert 1 < len(wanted) < len(rows)
+    assert bench.by_patient(torch.stack([values - 1, values + 1], dim=1)).tolist() == wanted
+    weights = {name: 1.5 * weight for name, weight in bench.base.unet.named_parameters()}
+    save_file(weights, tmp_path / "weights.safetensors")
+    moved = Bench(small_config, WeightFiles(tmp_path / "weights.safetensors"))
+    outcome = TextMismatch().run(Case("a run", flatten(small_config), bench=moved))
+    assert not isinstance(outcome, CannotRun)
+    assert "better_under.final_layer" in outcome.evidence
+    alone = Bench(changed(small_config, {"evaluation": {"validation_images": 1}}), moved.files)
+    assert "two held-out patients" in str(TextMismatch().run(Case("a run", flatten(alone.config), bench=alone)))
+    told = PromptPrior().run(Case("a run", flatten(alone.config), bench=Bench(alone.config, NO_WEIGHTS)))
+    assert isinstance(told, Healthy)
+    assert "loss_over_short" in told.evidence
+    assert "loss_over_short_low" not in told.evidence
 
 
 def test_moved_weights_draw_other_pictures(small_config: RunConfig, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ class TextMismatch(Check):
         return closest.words if gaps[closest] < DIFFERENT else f"{name} are not what the pipeline encodes"
 
     def _by_loss(self, bench: Bench, right: Conditioner, evidence: dict[str, Figure]) -> Finding | Healthy:
-        """Loss under each wrong encoding less loss under the right one, fine-tuned less base, paired by photograph."""
+        """Loss under each wrong encoding less loss under the right one, fine-tuned less base, paired by patient."""
         device = bench.material.device
         now, before = bench.losses("live"), bench.losses("base")
         found: list[tuple[float, TextVariant]] = []
@@ -82,8 +82,10 @@ class TextMismatch(Check):
                 empty = nothing(right).to(device)
                 told = nothing(told)
                 plain_now, plain_before = bench.losses("live", empty), bench.losses("base", empty)
-            gain = (plain_now - bench.losses("live", told)).mean(1)
-            own = (plain_before - bench.losses("base", told)).mean(1)
+            gain = bench.by_patient(plain_now - bench.losses("live", told))
+            if len(gain) < 2:
+                raise Lacking("whether a wrong encoding is understood better takes two held-out patients")
+            own = bench.by_patient(plain_before - bench.losses("base", told))
             mean, error = float(gain.mean()), float((gain - own).std()) / len(gain) ** 0.5
             beyond = float((gain - own).mean())
             scale = float(plain_now.mean())
