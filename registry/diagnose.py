@@ -176,8 +176,9 @@ def tell_of_checkpoint(options: DiagnoseOptions, config_name: str | None) -> Tol
     else:
         foreign = read_foreign(Path(config_name))
         own, settings = foreign.tree, dict(foreign.settings)
+        notes = foreign.notes
         if foreign.unknown:
-            notes = (f"settings of {config_name} that were not understood: {', '.join(foreign.unknown)}",)
+            notes += (f"settings of {config_name} that were not understood: {', '.join(foreign.unknown)}",)
     return Told(own, settings, curves, _history_tags(place), None, place, lacking, notes, foreign_run)
 
 

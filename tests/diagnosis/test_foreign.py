@@ -215,6 +215,22 @@ def test_kohyas_own_files_are_read_and_restarts_are_no_cosine(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("words", "samples", "noted"),
+    [
+        ("train_batch_size: '2'\nnum_processes: 4\n", 8, False),
+        ("train_batch_size: 2\n", 2, True),
+        ("train:\n  batch_size: 2\nnum_processes: 4\n", 2, False),
+    ],
+)
+def test_a_batch_of_one_process_is_counted_for_all(words: str, samples: int, noted: bool, tmp_path: Path) -> None:
+    path = tmp_path / "args.yaml"
+    path.write_text(words, encoding="utf-8")
+    told = read_foreign(path)
+    assert told.settings["train.batch_size"] == samples
+    assert bool(told.notes) is noted
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         ([], "give one of --run ID"),
