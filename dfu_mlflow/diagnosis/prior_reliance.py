@@ -98,7 +98,7 @@ def prior_reliance(bench: Bench) -> PriorReliance:
     short = {label: MINIMAL.get(label, f"diabetic foot ulcer, {label}") for label in prompts}
     told, brief = material.conditioner, bench.with_prompts(short)
     losses = {
-        name: bench.losses("base", each) for name, each in (("own", told), ("short", brief), ("empty", _empty(told)))
+        name: bench.losses("base", each) for name, each in (("own", told), ("short", brief), ("empty", nothing(told)))
     }
     scale = float(losses["empty"].mean())
     moved, found, unsaid = _of_pictures(bench)
@@ -168,8 +168,8 @@ def _conditioning(told: Conditioner, ids: torch.Tensor, time_ids: torch.Tensor, 
     return told.training(ids, torch.full((len(ids),), dropped), time_ids)
 
 
-def _empty(told: Conditioner) -> Conditioner:
-    """Every class told nothing."""
+def nothing(told: Conditioner) -> Conditioner:
+    """Every class told nothing: what a dropped caption trains."""
     count = len(told.classes)
     return replace(
         told,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from dfu_mlflow.conditioning import Conditioner, encode_prompts
@@ -12,6 +10,7 @@ from dfu_mlflow.diagnosis.case import Case
 from dfu_mlflow.diagnosis.check import Check
 from dfu_mlflow.diagnosis.finding import Figure, Finding, Healthy
 from dfu_mlflow.diagnosis.lacking import Lacking
+from dfu_mlflow.diagnosis.prior_reliance import nothing
 from dfu_mlflow.diagnosis.text_variants import TextVariant, text_variants
 from dfu_mlflow.diagnosis.weights import read_tensors
 
@@ -106,11 +105,3 @@ class TextMismatch(Check):
             "train again on what the pipeline's encode_prompt gives.",
             {},
         )
-
-
-def nothing(told: Conditioner) -> Conditioner:
-    """Every class told nothing: what a dropped caption trains."""
-    count = len(told.classes)
-    return replace(
-        told, embeddings=told.empty_embeddings.expand(count, -1, -1), pooled=told.empty_pooled.expand(count, -1)
-    )
