@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from dfu_mlflow.diagnosis.checks.patient_leakage import PatientLeakage
 from dfu_mlflow.diagnosis.checks.stale_cache import StaleCache
+from dfu_mlflow.diagnosis.checks.text_mismatch import TextMismatch
 from dfu_mlflow.diagnosis.diagnose import Diagnosis
 from dfu_mlflow.diagnosis.finding import CannotRun, Healthy
 from dfu_mlflow.diagnosis.foreign import read_foreign
@@ -138,6 +139,9 @@ def test_a_split_and_a_cache_made_for_the_diagnosis_are_not_found_sound(
         outcome = check.run(case)
         assert isinstance(outcome, CannotRun)
         assert reason in outcome.reason
+    embeddings = TextMismatch().run(case)
+    assert isinstance(embeddings, CannotRun)
+    assert "--embeddings" in embeddings.reason
     remade = {**stated, "seed": 3, "data": {**data, "validation_fraction": 0.3}}
     case = build_case(DiagnoseOptions(checkpoint=foreign), silent, remade)
     assert isinstance(PatientLeakage().run(case), Healthy)

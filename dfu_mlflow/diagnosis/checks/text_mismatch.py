@@ -49,11 +49,15 @@ class TextMismatch(Check):
             return self._finding(evidence, self._explain(bench, wrong[0], used[wrong[0]], right), 0.98)
         if bench.embeddings is None and bench.has_weights:
             return self._by_loss(bench, right, evidence)
+        if not used:
+            raise Lacking("neither the text embeddings it trained on (--embeddings) nor weights are at hand")
         return Healthy(evidence)
 
     def _used(self, bench: Bench, right: Conditioner) -> dict[str, torch.Tensor]:
         """What the run trained on: the given file's rows, else what this project's cache holds."""
         names = ("embeddings", "pooled", "empty_embeddings", "empty_pooled")
+        if bench.embeddings is None and "cache" in bench.unnamed:
+            return {}
         if bench.embeddings is None:
             kept = bench.material.conditioner.to(torch.device("cpu"))
             return {name: getattr(kept, name) for name in names}
