@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -47,6 +46,13 @@ UNNAMED: Mapping[str, tuple[tuple[str, ...], str]] = MappingProxyType(
     }
 )
 """What a fine-tune made elsewhere must say: its settings, and what is missing where it does not."""
+SPLIT_KEYS = ("data.validation_fraction", "seed")
+"""Settings that, with the photographs, make this project's split again; its manifests have no column of sides."""
+NO_SPLIT = (
+    "the run's own split is not known: where this project made it, state --data.validation_fraction and --seed; else "
+    "compare the patients on its two sides yourself"
+)
+NO_CACHE = "the run's own cache of latents is not known: one that this project fills now is never stale"
 BUDGET_FILE = "budget.txt"
 """Beside the findings in a folder: `cheap` or `full`."""
 
@@ -82,7 +88,7 @@ class Told:
         folder: where its weights are, or why they are not at hand.
         lacking: see `Case`.
         notes: for the user.
-        foreign: it is no run of this project, whose defaults say nothing about it.
+        foreign: no whole configuration of this project tells of it, and the defaults say nothing about it.
     """
 
     configuration: Tree | None
@@ -147,7 +153,7 @@ def tell_of_run(run: str) -> Told:
     place: Path | str = "the run has no configuration, so its folder is not known"
     if configuration:
         place = Path(configuration["output_dir"]) / match[1][:8]
-    return Told(configuration, settings, curves, tags, life, place, lacking)
+    return Told(configuration, settings, curves, tags, life, place, lacking, foreign=not configuration)
 
 
 def tell_of_checkpoint(options: DiagnoseOptions, config_name: str | None) -> Told:
@@ -170,8 +176,9 @@ def tell_of_checkpoint(options: DiagnoseOptions, config_name: str | None) -> Tol
     else:
         foreign = read_foreign(Path(config_name))
         own, settings = foreign.tree, dict(foreign.settings)
+        notes = foreign.notes
         if foreign.unknown:
-            notes = (f"settings of {config_name} that were not understood: {', '.join(foreign.unknown)}",)
+            notes += (f"settings of {config_name} that were not understood: {', '.join(foreign.unknown)}",)
     return Told(own, settings, curves, _history_tags(place), None, place, lacking, notes, foreign_run)
 
 
@@ -180,10 +187,14 @@ def build_case(options: DiagnoseOptions, told: Told, stated: Tree) -> Case:
     options_of_ours = {"output_dir": str(OUTPUT_DIR), "resume": "none"}
     tree = merge(merge(told.configuration or {}, stated), options_of_ours)
     unnamed = {part: words for part, (keys, words) in UNNAMED.items() if not any(_states(tree, key) for key in keys)}
-    unnamed = unnamed if told.foreign else {}
+    unnamed = {**unnamed, "cache": NO_CACHE} if told.foreign else {}
+    if told.foreign and not all(_states(tree, key) for key in SPLIT_KEYS):
+        unnamed["split"] = NO_SPLIT
     if told.foreign and "base" not in unnamed and not _states(tree, "data.resolution_px"):
-        with suppress(Lacking):  # what the base is made for, where nothing says what the run used
+        try:  # what the base is made for, where nothing says what the run used
             tree = merge(tree, {"data": {"resolution_px": native_px(tree["base_model"])}})
+        except Lacking as reason:
+            unnamed["resolution"] = f"{reason}: give --data.resolution_px"
     config = validate(RunConfig, tree)
     typed = {key: value for key, value in flatten(config).items() if _states(stated, key)}
     settings = {**told.settings, **typed}

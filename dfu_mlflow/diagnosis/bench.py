@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from dfu_mlflow.runtime import derive_seed
 from dfu_mlflow.sampling import Sampler, Settings
 from dfu_mlflow.subject import Pictures, read_pictures
 from dfu_mlflow.types import Split
-from dfu_mlflow.validation import ValidationGrid, validation_losses
+from dfu_mlflow.validation import ValidationGrid, grid_rows, validation_losses
 
 Shown = Literal["live", "ema"]
 PICTURES = 48
@@ -45,7 +45,8 @@ class Bench:
         folder: pictures that the run drew, None to draw them.
         embeddings: file of the text embeddings that the run trained on, None where it is not given.
         updates: optimizer updates done, None where it is not known.
-        unnamed: `base` or `photographs` -> what to say, where nobody named them and a default would be a wrong one.
+        unnamed: `base`, `photographs`, `resolution`, `split` or `cache` -> what to say, where nobody named it and this
+            project's own would be a wrong one.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Bench:
     @cached_property
     def material(self) -> Material:
         """Base, photographs and latents; `Lacking` where one of them cannot be had."""
-        self._require("base", "photographs")
+        self.require("base", "photographs", "resolution")
         try:
             material = prepare(self.config, read_source(self.config))
         except UserError as error:
@@ -94,7 +95,7 @@ class Bench:
     @cached_property
     def split(self) -> Split:
         """Photographs by side; needs no base."""
-        self._require("photographs")
+        self.require("photographs")
         try:
             return load_split(self.config.data, self.config.seed)[0]
         except UserError as error:
@@ -115,7 +116,7 @@ class Bench:
             return self.material.pipe
         from dfu_mlflow.base.load import load_base
 
-        self._require("base")
+        self.require("base")
         try:
             return load_base(self.config.base_model)
         except UserError as error:
@@ -214,6 +215,17 @@ class Bench:
             self._losses[who] = losses
         return losses
 
+    def by_patient(self, losses: torch.Tensor) -> torch.Tensor:
+        """Means over timesteps and each patient's photographs of the grid, [P]: photographs of one patient go together,
+        so an interval over them would be too narrow.
+
+        Args:
+            losses: of the held-out grid, or differences of such, [M, T].
+        """
+        held = self.material.source.split.held_out
+        patients = [held[row].patient for row in grid_rows(len(held), self.config.evaluation.validation_images)]
+        return means_by(patients, losses.mean(dim=1))
+
     def redraw_spread(self) -> float:
         """Relative deviation of the base's loss when each image gets one random timestep and noise, over re-draws."""
         losses = self.losses("base")
@@ -232,7 +244,8 @@ class Bench:
         """The run's sampling settings with some changed."""
         return replace(sampling_settings(self.config, self.material.train), **change)
 
-    def _require(self, *parts: str) -> None:
+    def require(self, *parts: str) -> None:
+        """Raise `Lacking` for a part that nobody named, see `unnamed`."""
         for part in parts:
             if part in self.unnamed:
                 raise Lacking(self.unnamed[part])
@@ -257,3 +270,10 @@ class Bench:
             for name, (_, change) in changes(self._file(shown), self.base.unet, self._files().alpha).items():
                 weights[name].add_(change.to(weights[name]))
         return unet.requires_grad_(False).eval()
+
+
+def means_by(groups: Sequence[str], values: torch.Tensor) -> torch.Tensor:
+    """Mean of the values [M] of each group, [G], groups in sorted order."""
+    names = sorted(set(groups))
+    own = torch.tensor([names.index(group) for group in groups])
+    return torch.stack([values[own == number].mean() for number in range(len(names))])

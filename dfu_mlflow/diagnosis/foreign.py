@@ -78,6 +78,8 @@ NAMES: Mapping[str, str] = MappingProxyType(
 )
 """Last part of a key as diffusers' scripts, kohya's sd-scripts, peft and the founding effort spell it -> ours."""
 SCHEDULES: Mapping[str, str] = MappingProxyType({"constant_with_warmup": "constant", "polynomial": "linear"})
+PER_PROCESS = "train_batch_size"
+"""In diffusers' and kohya's scripts the samples of one process; `train.batch_size` counts those of all."""
 OURS_ALONE = ("train.total_steps", "ema.dtype", "runtime.", "loss.perceptual_loss.no_grad")
 """Settings that checks read and a run of this project cannot have."""
 
@@ -90,11 +92,13 @@ class ForeignConfig:
         settings: dotted key -> value, only what it states.
         tree: the same, for what the schema knows.
         unknown: keys that were not understood.
+        notes: what was assumed, for the user.
     """
 
     settings: Mapping[str, Any]
     tree: Tree
     unknown: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def read_foreign(path: Path) -> ForeignConfig:
@@ -112,14 +116,19 @@ def read_foreign(path: Path) -> ForeignConfig:
     if not isinstance(content, Mapping):
         raise UserError(f"--config {path} must hold settings, not a {type(content).__name__}")
     settings: dict[str, Any] = {}
-    unknown = []
+    unknown, notes = [], []
+    per_process = False
     for key, value in _leaves(content):
-        name = key if _known(key, value) else NAMES.get(key.rsplit(".", 1)[-1].replace("-", "_").lower())
+        word = key.rsplit(".", 1)[-1].replace("-", "_").lower()
+        name = key if _known(key, value) else NAMES.get(word)
         value = SCHEDULES.get(value, value) if name == "train.lr_schedule" and isinstance(value, str) else value
         if name is None or not _known(name, value):
             unknown.append(key)
         elif value is not None:
             settings[name] = value
+            per_process = word == PER_PROCESS if name == "train.batch_size" else per_process
+    if per_process:
+        notes = _all_processes(settings)
     if "adapter.rank" in settings:
         settings.setdefault("adapter.method", "lora")
     inside = {name: value for name, value in settings.items() if not name.startswith(OURS_ALONE)}
@@ -127,7 +136,16 @@ def read_foreign(path: Path) -> ForeignConfig:
     for name, value in inside.items():
         tree = merge(tree, _nested(name, value))
     typed = flatten(validate(RunConfig, tree))  # YAML reads 1e-4 as text
-    return ForeignConfig({**settings, **{name: typed[name] for name in inside}}, tree, tuple(unknown))
+    return ForeignConfig({**settings, **{name: typed[name] for name in inside}}, tree, tuple(unknown), tuple(notes))
+
+
+def _all_processes(settings: dict[str, Any]) -> list[str]:
+    """Count the batch of one process for all of them; what to say where nothing tells how many there were."""
+    processes = settings.get("runtime.num_processes")
+    if not isinstance(processes, int):
+        return [f"{PER_PROCESS} is counted for one process: state num_processes where there were more"]
+    settings["train.batch_size"] = processes * int(settings["train.batch_size"])
+    return []
 
 
 def _known(name: str, value: Any) -> bool:

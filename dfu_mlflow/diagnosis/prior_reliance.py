@@ -37,11 +37,12 @@ them."""
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference of losses, relative to the loss without any prompt, with its 95 % interval over images."""
+    """A paired difference of losses, relative to the loss without any prompt, with its 95 % interval over patients;
+    a single patient gives none."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,9 @@ class PriorReliance:
         pull, pull_short: conditional pull of the prompts and of the shortest ones, on the base.
         moved: how far pictures have gone from the base's at equal seeds, in any direction, relative to how far the
             photographs are from the base's; None without fine-tuned weights.
-        reliance: prior reliance with its 95 % interval over pictures and photographs; None as `moved`.
+        reliance: prior reliance with its 95 % interval over pictures and photographs; None as `moved`, and for a class
+            with a single held-out patient.
+        unsaid: why there is no `reliance`, empty where there is.
         words: word -> conditional pull lost when it is left out, largest first.
     """
 
@@ -84,6 +87,7 @@ class PriorReliance:
     pull_short: float
     moved: float | None
     reliance: Estimate | None
+    unsaid: str
     words: Mapping[str, float]
 
 
@@ -94,28 +98,34 @@ def prior_reliance(bench: Bench) -> PriorReliance:
     short = {label: MINIMAL.get(label, f"diabetic foot ulcer, {label}") for label in prompts}
     told, brief = material.conditioner, bench.with_prompts(short)
     losses = {
-        name: bench.losses("base", each) for name, each in (("own", told), ("short", brief), ("empty", _empty(told)))
+        name: bench.losses("base", each) for name, each in (("own", told), ("short", brief), ("empty", nothing(told)))
     }
     scale = float(losses["empty"].mean())
-    drawn = _drawn(bench) if bench.has_weights else None
+    moved, found, unsaid = _of_pictures(bench)
     return PriorReliance(
         lints={label: lint(prompt, material.pipe.tokenizer) for label, prompt in prompts.items()},
-        over_short=_difference(losses["own"], losses["short"], scale),
-        over_empty=_difference(losses["own"], losses["empty"], scale),
+        over_short=_difference(bench.by_patient(losses["own"] - losses["short"]) / scale),
+        over_empty=_difference(bench.by_patient(losses["own"] - losses["empty"]) / scale),
         pull=conditional_pull(bench, told),
         pull_short=conditional_pull(bench, brief),
-        moved=None if drawn is None else moved_from_base(drawn),
-        reliance=None if drawn is None else _reliance_if_known(drawn, bench.config.evaluation.seed),
+        moved=moved,
+        reliance=found,
+        unsaid=unsaid,
         words=word_pulls(bench, max(prompts.values(), key=len)),
     )
 
 
-def _reliance_if_known(drawn: Drawn, seed: int) -> Estimate | None:
-    """None for a set so small that a class has a single held-out patient: the other figures need no second one."""
+def _of_pictures(bench: Bench) -> tuple[float | None, Estimate | None, str]:
+    """`moved`, `reliance` and `unsaid`: what needs weights or a second patient is no reason to lose the rest."""
+    if isinstance(bench.files, str):
+        return None, None, bench.files
+    moved = None
     try:
-        return reliance(drawn, seed)
-    except Lacking:
-        return None
+        drawn = _drawn(bench)
+        moved = moved_from_base(drawn)
+        return moved, reliance(drawn, bench.config.evaluation.seed), ""
+    except Lacking as reason:
+        return moved, None, str(reason)
 
 
 @torch.no_grad()
@@ -158,8 +168,8 @@ def _conditioning(told: Conditioner, ids: torch.Tensor, time_ids: torch.Tensor, 
     return told.training(ids, torch.full((len(ids),), dropped), time_ids)
 
 
-def _empty(told: Conditioner) -> Conditioner:
-    """Every class told nothing."""
+def nothing(told: Conditioner) -> Conditioner:
+    """Every class told nothing: what a dropped caption trains."""
     count = len(told.classes)
     return replace(
         told,
@@ -168,11 +178,12 @@ def _empty(told: Conditioner) -> Conditioner:
     )
 
 
-def _difference(one: torch.Tensor, other: torch.Tensor, scale: float) -> Difference:
-    """Paired by image."""
-    change = (one - other).mean(dim=1) / scale
-    half = NORMAL_95 * float(change.std()) / len(change) ** 0.5 if len(change) > 1 else 0.0
+def _difference(change: torch.Tensor) -> Difference:
+    """Of changes by patient [P]."""
     mean = float(change.mean())
+    if len(change) < 2:
+        return Difference(mean, None, None)
+    half = NORMAL_95 * float(change.std()) / len(change) ** 0.5
     return Difference(mean, mean - half, mean + half)
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ LIVE_NAMES = (
 PEFT_PREFIX = "base_model.model."
 KOHYA_PREFIX = "lora_unet_"
 OWN_LORA = ".lora_A.default.weight"
+SHORT_NAMES: Mapping[str, str] = MappingProxyType({"F32": "float32", "BF16": "bfloat16", "F16": "float16"})
+"""A type as safetensors' headers spell it -> torch's name."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +101,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         Lacking: when it cannot be read.
     """
     try:
-        if file.suffix != ".json":
-            return load_file(file)
-        index = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        shards = [load_file(file.parent / name) for name in sorted(set(index.values()))]
+        shards = [load_file(shard) for shard in _shards(file)]
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise Lacking(f"{file.name} cannot be read: {' '.join(str(error).split())[:200]}") from None
     return {name: value for shard in shards for name, value in shard.items()}
@@ -179,9 +179,22 @@ def _names(file: Path) -> list[str]:
         return []
 
 
+def _shards(file: Path) -> list[Path]:
+    """The file itself, or those that an index names."""
+    if file.suffix != ".json":
+        return [file]
+    index = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+    return [file.parent / name for name in sorted(set(index.values()))]
+
+
 def _dtype(file: Path) -> str:
-    counts = Counter(str(value.dtype).removeprefix("torch.") for value in read_tensors(file).values())
-    return counts.most_common(1)[0][0]
+    """From the headers alone: the tensors have been read once already."""
+    counts = Counter[str]()
+    for shard in _shards(file):
+        with safe_open(shard, framework="pt") as content:
+            counts.update(content.get_slice(name).get_dtype() for name in content.keys())  # noqa: SIM118
+    most = counts.most_common(1)[0][0]
+    return SHORT_NAMES.get(most, most)
 
 
 def _block(name: str) -> str:

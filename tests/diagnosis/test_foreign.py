@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +13,16 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 
+from dfu_mlflow.diagnosis.checks.patient_leakage import PatientLeakage
+from dfu_mlflow.diagnosis.checks.stale_cache import StaleCache
+from dfu_mlflow.diagnosis.checks.text_mismatch import TextMismatch
 from dfu_mlflow.diagnosis.diagnose import Diagnosis
+from dfu_mlflow.diagnosis.finding import CannotRun, Healthy
 from dfu_mlflow.diagnosis.foreign import read_foreign
+from dfu_mlflow.diagnosis.lacking import Lacking
 from dfu_mlflow.errors import UserError
 from entrypoints.diagnose import main
-from registry.diagnose import DiagnoseOptions, run_diagnosis
+from registry.diagnose import DiagnoseOptions, Told, build_case, run_diagnosis
 
 STEPS = 30
 WORDS = {
@@ -81,8 +88,10 @@ def test_the_lagging_average_is_found_without_photographs(
     assert diagnosis.findings[0].severity == "blocker"
     assert float(diagnosis.findings[0].evidence["coverage"].value) < 0.25
     assert [finding.id for finding in diagnosis.findings if finding.severity != "note"] == ["ema_lag"]
-    for check in ("memorisation", "patient_leakage", "stale_cache", "text_mismatch"):
+    for check in ("memorisation", "metric_input_broken", "text_mismatch"):
         assert "nowhere" in diagnosis.unable[check]
+    assert "own split" in diagnosis.unable["patient_leakage"]
+    assert "own cache" in diagnosis.unable["stale_cache"]
     assert "curves" in diagnosis.unable["noisy_validation"]
     assert "exit.reason" in diagnosis.unable["eval_oom"]
 
@@ -93,11 +102,50 @@ def test_photographs_and_base_that_nobody_named_are_not_replaced_by_defaults(
     """A default would judge somebody's wounds by procedural pictures."""
     diagnosis = examine(foreign, [], monkeypatch, tmp_path)
     assert [finding.id for finding in diagnosis.findings if finding.severity != "note"] == ["ema_lag"]
-    for check in ("memorisation", "patient_leakage", "stale_cache", "metric_input_broken"):
+    for check in ("memorisation", "patient_leakage", "metric_input_broken"):
         assert "no photographs were named (--data.root" in diagnosis.unable[check]
     nothing = examine(foreign, [], monkeypatch, tmp_path, config=False)
     assert nothing.findings == ()
     assert "the base was not named (--base_model)" in nothing.unable["text_mismatch"]
+
+
+def test_a_resolution_that_nobody_stated_is_the_bases_own_or_lacking(
+    foreign: Path, random_base: Path, tmp_path: Path
+) -> None:
+    options = DiagnoseOptions(checkpoint=foreign)
+    silent = Told(None, {}, {}, {}, None, "no weights", {}, foreign=True)
+    native = build_case(options, silent, {"base_model": str(random_base)})
+    assert native.bench is not None
+    assert native.bench.config.data.resolution_px == 4 * native.bench.base.unet.config.sample_size
+    assert "data.resolution_px" not in native.settings
+    untold = shutil.copytree(random_base, tmp_path / "base")
+    (untold / "vae" / "config.json").write_text("{}", encoding="utf-8")
+    stated: dict[str, Any] = {"base_model": str(untold), "data": {"root": str(tmp_path)}}
+    lacking = build_case(options, silent, stated).bench
+    assert lacking is not None
+    with pytest.raises(Lacking, match=r"give --data\.resolution_px"):
+        assert lacking.material
+
+
+def test_a_split_and_a_cache_made_for_the_diagnosis_are_not_found_sound(
+    foreign: Path, random_base: Path, photographs: Path, tmp_path: Path
+) -> None:
+    """They are this project's, not what the run trained on."""
+    silent = Told(None, {}, {}, {}, None, "no weights", {}, foreign=True)
+    data: dict[str, Any] = {"root": str(photographs), "group_by": r"^P(\d+)", "cache_dir": str(tmp_path)}
+    stated: dict[str, Any] = {"base_model": str(random_base), "data": data}
+    case = build_case(DiagnoseOptions(checkpoint=foreign), silent, stated)
+    for check, reason in ((StaleCache(), "cache of latents"), (PatientLeakage(), "own split is not known")):
+        outcome = check.run(case)
+        assert isinstance(outcome, CannotRun)
+        assert reason in outcome.reason
+    embeddings = TextMismatch().run(case)
+    assert isinstance(embeddings, CannotRun)
+    assert "--embeddings" in embeddings.reason
+    remade = {**stated, "seed": 3, "data": {**data, "validation_fraction": 0.3}}
+    case = build_case(DiagnoseOptions(checkpoint=foreign), silent, remade)
+    assert isinstance(PatientLeakage().run(case), Healthy)
+    assert isinstance(StaleCache().run(case), CannotRun)
 
 
 def test_curves_tell_where_no_base_is_at_hand(foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +216,22 @@ def test_kohyas_own_files_are_read_and_restarts_are_no_cosine(tmp_path: Path) ->
     told = read_foreign(path)
     assert told.settings["adapter.rank"] == 16
     assert "train.lr_schedule" not in told.settings
+
+
+@pytest.mark.parametrize(
+    ("words", "samples", "noted"),
+    [
+        ("train_batch_size: '2'\nnum_processes: 4\n", 8, False),
+        ("train_batch_size: 2\n", 2, True),
+        ("train:\n  batch_size: 2\nnum_processes: 4\n", 2, False),
+    ],
+)
+def test_a_batch_of_one_process_is_counted_for_all(words: str, samples: int, noted: bool, tmp_path: Path) -> None:
+    path = tmp_path / "args.yaml"
+    path.write_text(words, encoding="utf-8")
+    told = read_foreign(path)
+    assert told.settings["train.batch_size"] == samples
+    assert bool(told.notes) is noted
 
 
 @pytest.mark.parametrize(

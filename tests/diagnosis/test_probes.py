@@ -28,9 +28,11 @@ from dfu_mlflow.diagnosis.checks.patient_leakage import PatientLeakage
 from dfu_mlflow.diagnosis.checks.prompt_prior import PromptPrior
 from dfu_mlflow.diagnosis.checks.stale_cache import StaleCache
 from dfu_mlflow.diagnosis.checks.text_mismatch import TextMismatch
-from dfu_mlflow.diagnosis.finding import Finding, Healthy, Outcome
+from dfu_mlflow.diagnosis.finding import CannotRun, Finding, Healthy, Outcome
 from dfu_mlflow.diagnosis.text_variants import text_variants
+from dfu_mlflow.diagnosis.weights import WeightFiles
 from dfu_mlflow.types import Record
+from dfu_mlflow.validation import grid_rows
 
 NO_WEIGHTS = "no checkpoint was given"
 
@@ -181,8 +183,11 @@ def test_copies_are_found(small_config: RunConfig, tmp_path: Path) -> None:
         if isinstance(outcome, Finding):
             names_nobody(outcome, bench)
             assert outcome.fix == {"train.epochs": config.train.epochs // 2}
-            once = run(Memorisation(), changed(config, {"train": {"epochs": 1}}), folder=folder)
+            assert "held_out_side" not in outcome.evidence
+            foreign = {"split": "not known"}
+            once = run(Memorisation(), changed(config, {"train": {"epochs": 1}}), folder=folder, unnamed=foreign)
             assert isinstance(once, Finding)
+            assert "assumed unseen" in str(once.evidence["held_out_side"].value)
             assert once.fix == {"train.learning_rate": config.train.learning_rate / 2}
 
 
@@ -198,10 +203,49 @@ def test_prior_reliance_is_measured(small_config: RunConfig) -> None:
     assert any(name.startswith("pull_of.") for name in found.evidence)
 
 
+def test_a_class_with_one_held_out_patient_keeps_what_needs_no_second_one(
+    small_config: RunConfig, tmp_path: Path
+) -> None:
+    weights = {name: 1.5 * weight for name, weight in Bench(small_config, NO_WEIGHTS).base.unet.named_parameters()}
+    save_file(weights, tmp_path / "weights.safetensors")
+    small = changed(small_config, {"data": {"validation_fraction": 0.05}})
+    bench = Bench(small, WeightFiles(tmp_path / "weights.safetensors"))
+    assert min(len({each.patient for each in bench.split.held_out if each.label == name}) for name in "IPR") == 1
+    outcome = PromptPrior().run(Case("a run", flatten(small), bench=bench))
+    assert isinstance(outcome, Healthy)
+    assert "two held-out patients" in str(outcome.evidence["prior_reliance"].value)
+    assert float(outcome.evidence["moved_from_base"].value) > 0
+    assert {"loss_over_short", "loss_over_empty", "conditional_pull"} <= outcome.evidence.keys()
+    named_only = Case("a run", flatten(small), bench=Bench(small, NO_WEIGHTS, unnamed={"photographs": "none named"}))
+    by_words = PromptPrior().run(named_only)
+    assert isinstance(by_words, Healthy)
+    assert by_words.evidence["losses"].value == "not measured: none named"
+
+
+def test_photographs_of_one_patient_count_as_one(small_config: RunConfig, tmp_path: Path) -> None:
+    bench = Bench(small_config, NO_WEIGHTS)
+    rows = grid_rows(len(bench.material.held_out), small_config.evaluation.validation_images)
+    owners = [bench.material.held_out.names[row][:4] for row in rows]  # P000
+    values = torch.arange(len(rows), dtype=torch.float64)
+    wanted = [float(values[[each == owner for each in owners]].mean()) for owner in sorted(set(owners))]
+    assert 1 < len(wanted) < len(rows)
+    assert bench.by_patient(torch.stack([values - 1, values + 1], dim=1)).tolist() == wanted
+    weights = {name: 1.5 * weight for name, weight in bench.base.unet.named_parameters()}
+    save_file(weights, tmp_path / "weights.safetensors")
+    moved = Bench(small_config, WeightFiles(tmp_path / "weights.safetensors"))
+    outcome = TextMismatch().run(Case("a run", flatten(small_config), bench=moved))
+    assert not isinstance(outcome, CannotRun)
+    assert "better_under.final_layer" in outcome.evidence
+    alone = Bench(changed(small_config, {"evaluation": {"validation_images": 1}}), moved.files)
+    assert "two held-out patients" in str(TextMismatch().run(Case("a run", flatten(alone.config), bench=alone)))
+    told = PromptPrior().run(Case("a run", flatten(alone.config), bench=Bench(alone.config, NO_WEIGHTS)))
+    assert isinstance(told, Healthy)
+    assert "loss_over_short" in told.evidence
+    assert "loss_over_short_low" not in told.evidence
+
+
 def test_moved_weights_draw_other_pictures(small_config: RunConfig, tmp_path: Path) -> None:
     """The bench's fine-tuned network is the base plus the change, and the base stays as it was."""
-    from dfu_mlflow.diagnosis.weights import WeightFiles
-
     base = Bench(small_config, NO_WEIGHTS).base.unet
     before = {name: weight.detach().clone() for name, weight in base.named_parameters()}
     save_file({name: 1.5 * weight for name, weight in before.items()}, tmp_path / "weights.safetensors")

@@ -84,6 +84,19 @@ def test_full_folder_with_its_average(random_base: Path, tmp_path: Path) -> None
     assert measure(files.ema, start).displacement == pytest.approx(0.01, rel=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_shards_are_measured_as_one_file_and_their_type_is_named(
+    dtype: torch.dtype, random_base: Path, tmp_path: Path
+) -> None:
+    start, unet = fresh(random_base), fresh(random_base).to(dtype)
+    unet.save_pretrained(tmp_path / "one")
+    unet.save_pretrained(tmp_path / "many", max_shard_size="100KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
+    one, many = (measure(find_weights(tmp_path / name).live, start) for name in ("one", "many"))
+    assert one == many
+    assert one.dtype == str(dtype).removeprefix("torch.")
+
+
 def test_what_cannot_be_read_says_why(random_base: Path, tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"pickle")
     with pytest.raises(Lacking, match="no safetensors file"):

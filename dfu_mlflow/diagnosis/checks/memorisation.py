@@ -35,6 +35,8 @@ class Memorisation(Check):
             for name, value in report.values.items()
             if name.endswith(("copy_excess", "gap_share"))
         }
+        if "split" in bench.unnamed:
+            evidence["held_out_side"] = Figure("assumed unseen: the run's own split is not known")
         limit = bench.config.memorisation.max_membership_auc
         knows = told is not None and told.low is not None and told.low > limit
         if told is not None:

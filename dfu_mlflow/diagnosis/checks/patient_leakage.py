@@ -45,6 +45,7 @@ class PatientLeakage(Check):
     def examine(self, case: Case) -> Finding | Healthy:
         """Look at who is on which side, by name and by sight."""
         bench = case.ready()
+        bench.require("photographs", "split")
         split, config = bench.split, bench.config.data
         shared = {record.patient for record in split.train} & {record.patient for record in split.held_out}
         evidence = {"shared_patients": Figure(float(len(shared)), "0")}

@@ -32,7 +32,7 @@ class PromptPrior(Check):
 
     def examine(self, case: Case) -> Finding | Healthy:
         """The linter says what to suspect, the losses whether it is so."""
-        measured = self._measured(case)
+        measured, unsaid = self._measured(case)
         lints = measured.lints if measured else self._lints(case)
         longest = max(lints.values(), key=lambda each: each.tokens)
         styled = max(lints.values(), key=lambda each: len(each.style_words)).style_words
@@ -43,21 +43,24 @@ class PromptPrior(Check):
         }
         if measured:
             evidence |= _figures(measured)
+        if unsaid:
+            evidence[RELIANCE if measured else "losses"] = Figure(f"not measured: {unsaid}"[:200])
         suspicious = longest.tokens >= LONG and len(styled) >= STYLED
         if not suspicious and not longest.cut_off:
             return Healthy(evidence)
         return self._finding(evidence, longest, measured)
 
     def _finding(self, evidence: dict[str, Figure], longest: Lint, measured: PriorReliance | None) -> Finding:
-        hinders = measured is not None and measured.over_short.low > HINDERS
+        low = None if measured is None else measured.over_short.low
+        hinders = low is not None and low > HINDERS
         told = ""
         if hinders:
             told = " On held-out photographs the base does worse with it than with the shortest prompt."
-        elif measured is not None:
+        elif low is not None:
             told = " On held-out photographs the base does no worse with it: it may stay, and be compared by `study`."
         cut = f", {longest.cut_off} of them cut off unread" if longest.cut_off else ""
         return self.found(
-            "warning" if hinders or longest.cut_off or measured is None else "note",
+            "warning" if hinders or longest.cut_off or low is None else "note",
             0.9 if hinders or longest.cut_off else 0.6,
             evidence,
             f"The longest prompt has {longest.tokens} tokens{cut}, with words for a look that the base draws by "
@@ -65,13 +68,15 @@ class PromptPrior(Check):
             {"prompts.style": "minimal", "prompts.phase_prompts": None},
         )
 
-    def _measured(self, case: Case) -> PriorReliance | None:
+    def _measured(self, case: Case) -> tuple[PriorReliance | None, str]:
+        """What can be measured, and why something or all of it cannot."""
         if case.bench is None:
-            return None
+            return None, ""
         try:
-            return prior_reliance(case.bench)
-        except Lacking:
-            return None
+            measured = prior_reliance(case.bench)
+        except Lacking as reason:
+            return None, str(reason)
+        return measured, measured.unsaid
 
     def _lints(self, case: Case) -> dict[str, Lint]:
         prompts = {
@@ -92,7 +97,8 @@ class PromptPrior(Check):
 def _figures(measured: PriorReliance) -> dict[str, Figure]:
     over = {"loss_over_short": measured.over_short, "loss_over_empty": measured.over_empty}
     figures = {name: Figure(each.value, "not above 0, relative") for name, each in over.items()}
-    figures["loss_over_short_low"] = Figure(measured.over_short.low)
+    if measured.over_short.low is not None:
+        figures["loss_over_short_low"] = Figure(measured.over_short.low)
     figures["conditional_pull"] = Figure(measured.pull, f"about {measured.pull_short:.3g}, the shortest prompts'")
     if measured.moved is not None:
         figures["moved_from_base"] = Figure(measured.moved, "near 1: as far as the photographs are")

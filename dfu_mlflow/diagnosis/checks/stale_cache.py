@@ -27,6 +27,7 @@ class StaleCache(Check):
     def examine(self, case: Case) -> Finding | Healthy:
         """Rows spread over the set; one stale row is enough."""
         bench = case.ready()
+        bench.require("cache")
         material, config = bench.material, bench.config
         records = material.source.split.train
         chosen = torch.linspace(0, len(records) - 1, min(ROWS, len(records))).round().long().tolist()

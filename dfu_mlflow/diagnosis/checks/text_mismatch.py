@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from dfu_mlflow.conditioning import Conditioner, encode_prompts
@@ -12,6 +10,7 @@ from dfu_mlflow.diagnosis.case import Case
 from dfu_mlflow.diagnosis.check import Check
 from dfu_mlflow.diagnosis.finding import Figure, Finding, Healthy
 from dfu_mlflow.diagnosis.lacking import Lacking
+from dfu_mlflow.diagnosis.prior_reliance import nothing
 from dfu_mlflow.diagnosis.text_variants import TextVariant, text_variants
 from dfu_mlflow.diagnosis.weights import read_tensors
 
@@ -50,11 +49,15 @@ class TextMismatch(Check):
             return self._finding(evidence, self._explain(bench, wrong[0], used[wrong[0]], right), 0.98)
         if bench.embeddings is None and bench.has_weights:
             return self._by_loss(bench, right, evidence)
+        if not used:
+            raise Lacking("neither the text embeddings it trained on (--embeddings) nor weights are at hand")
         return Healthy(evidence)
 
     def _used(self, bench: Bench, right: Conditioner) -> dict[str, torch.Tensor]:
         """What the run trained on: the given file's rows, else what this project's cache holds."""
         names = ("embeddings", "pooled", "empty_embeddings", "empty_pooled")
+        if bench.embeddings is None and "cache" in bench.unnamed:
+            return {}
         if bench.embeddings is None:
             kept = bench.material.conditioner.to(torch.device("cpu"))
             return {name: getattr(kept, name) for name in names}
@@ -71,7 +74,7 @@ class TextMismatch(Check):
         return closest.words if gaps[closest] < DIFFERENT else f"{name} are not what the pipeline encodes"
 
     def _by_loss(self, bench: Bench, right: Conditioner, evidence: dict[str, Figure]) -> Finding | Healthy:
-        """Loss under each wrong encoding less loss under the right one, fine-tuned less base, paired by photograph."""
+        """Loss under each wrong encoding less loss under the right one, fine-tuned less base, paired by patient."""
         device = bench.material.device
         now, before = bench.losses("live"), bench.losses("base")
         found: list[tuple[float, TextVariant]] = []
@@ -82,8 +85,10 @@ class TextMismatch(Check):
                 empty = nothing(right).to(device)
                 told = nothing(told)
                 plain_now, plain_before = bench.losses("live", empty), bench.losses("base", empty)
-            gain = (plain_now - bench.losses("live", told)).mean(1)
-            own = (plain_before - bench.losses("base", told)).mean(1)
+            gain = bench.by_patient(plain_now - bench.losses("live", told))
+            if len(gain) < 2:
+                raise Lacking("whether a wrong encoding is understood better takes two held-out patients")
+            own = bench.by_patient(plain_before - bench.losses("base", told))
             mean, error = float(gain.mean()), float((gain - own).std()) / len(gain) ** 0.5
             beyond = float((gain - own).mean())
             scale = float(plain_now.mean())
@@ -104,11 +109,3 @@ class TextMismatch(Check):
             "train again on what the pipeline's encode_prompt gives.",
             {},
         )
-
-
-def nothing(told: Conditioner) -> Conditioner:
-    """Every class told nothing: what a dropped caption trains."""
-    count = len(told.classes)
-    return replace(
-        told, embeddings=told.empty_embeddings.expand(count, -1, -1), pooled=told.empty_pooled.expand(count, -1)
-    )
