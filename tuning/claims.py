@@ -3,7 +3,8 @@
 A study's trials are rows in its database. A trial that is not a retry is an *original*; the first `tune.trials`
 originals, by number, are the budget. Numbers never change, so every process sees the same ones without a lock; a trial
 is taken by its change from WAITING to RUNNING, which the database grants to one process only: by SELECT FOR UPDATE, or
-on SQLite, which has none, under a lock on a file beside it.
+on SQLite, which has none, under a lock on a file beside it. A dead worker's trial is queued again by one process: under
+that lock, or PostgreSQL's advisory lock.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from filelock import FileLock
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import Engine, func, select
 from sqlalchemy.engine import make_url
 
 from dfu_mlflow.config.tuning import TuneConfig
@@ -32,6 +34,8 @@ GRACE_HEARTBEATS = 3
 """Missed in a row, they mean that the worker is dead."""
 REASON = "reason"
 """Attribute of a trial that failed by itself; the others are tried again."""
+ADVISORY_KEY = 0x64667574756E65
+"""Number of PostgreSQL's advisory lock, per database: "dfutune" in ASCII."""
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -88,14 +92,31 @@ def _taken(study_id: int, storage: RDBStorage, number: int) -> bool:
     # Optuna gives up only those whose signs have stopped.
     storage.record_heartbeat(trial_id)
     try:
-        with alone(storage.url):
+        with alone(storage):
             return storage.set_trial_state_values(trial_id, state=TrialState.RUNNING)
     except UpdateFinishedTrialError:
         return False
 
 
-def alone(url: str) -> AbstractContextManager[Any]:
-    """One process at a time, where the database is a SQLite file: there two may read a row before either writes it."""
+def alone(storage: RDBStorage) -> AbstractContextManager[Any]:
+    """One process at a time, where the database is a SQLite file or PostgreSQL; not to be nested."""
+    postgresql = storage.engine.dialect.name == "postgresql"
+    return _advisory_lock(storage.engine) if postgresql else file_lock(storage.url)
+
+
+@contextmanager
+def _advisory_lock(engine: Engine) -> Iterator[None]:
+    """Held by a connection of its own: PostgreSQL frees it when that ends, so a killed process holds nothing."""
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(select(func.pg_advisory_lock(ADVISORY_KEY)))
+        try:
+            yield
+        finally:
+            connection.execute(select(func.pg_advisory_unlock(ADVISORY_KEY)))
+
+
+def file_lock(url: str) -> AbstractContextManager[Any]:
+    """A lock on a file beside a SQLite database, for there two may read a row before either writes it; else nothing."""
     address = make_url(url)  # the driver may be named: sqlite+pysqlite:///
     file = Path((address.database or "").removeprefix("file:"))
     in_file = address.get_backend_name() == "sqlite" and file.name not in ("", ":memory:") and file.parent.is_dir()
@@ -109,7 +130,7 @@ def give_up_dead(study: optuna.Study, storage: RDBStorage) -> None:
     """
     queue = storage.get_heartbeat_stale_trial_callback()
     assert queue is not None  # `open_database` sets it
-    with alone(storage.url):
+    with alone(storage):
         optuna.storages.fail_stale_trials(study)
         for trial in lost(study):
             queue(study, copy.deepcopy(trial))

@@ -33,6 +33,7 @@ from tuning.claims import (
     build_pruner,
     build_sampler,
     claim,
+    file_lock,
     give_up_dead,
     heartbeat,
     open_database,
@@ -176,7 +177,7 @@ def _open(config: RunConfig) -> RDBStorage:
     problem = ""
     for attempt in range(3):
         try:
-            with alone(url):
+            with file_lock(url):
                 return open_database(url, tune, on_stale)
         except Exception as error:  # each driver has its own; two processes that make the tables at once collide
             problem = " ".join(str(error).split())[:300]
@@ -296,7 +297,7 @@ class Worker:
         values: tuple[float, ...] | None = None,
     ) -> None:
         """Tell the study and MLflow how a trial ended; one that others gave up meanwhile stays given up."""
-        with alone(self.storage.url):
+        with alone(self.storage):
             told = self.study.tell(trial, values, state, skip_if_finished=True)
             if reason == INTERRUPTED:  # before MLflow, which may be gone
                 retry(self.study, told)

