@@ -13,6 +13,7 @@ from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.artifacts import load_text
 from mlflow.entities import Metric, Param, RunTag
 
 from dfu_mlflow.config import RunConfig, load
@@ -169,7 +170,7 @@ class Lab:
         for start in range(0, len(params), 90):
             self.client.log_batch(twin, params=params[start : start + 90])
         self.client.log_batch(twin, tags=[RunTag(key, value) for key, value in {**kept, **tags}.items()])
-        self.client.log_artifact(twin, self.client.download_artifacts(run_id, "config.yaml"))
+        self.client.log_text(twin, load_text(f"{run.info.artifact_uri}/config.yaml"), "config.yaml")
         shutil.copytree(self.folder / "runs" / run_id[:8], self.folder / "runs" / twin[:8])
         return twin
 

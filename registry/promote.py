@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
@@ -25,7 +24,7 @@ from registry.card import with_gate
 from registry.clean_process import CleanTrial, try_version
 from registry.evaluate import configuration
 from registry.gates import Answer, Evidence, check_metrics, judge, loads
-from registry.source import Located, locate, resolve_version
+from registry.source import Located, locate, read_text, resolve_version
 
 REFUSED_CODE = 3
 """Exit code of a refusal: 2 is input that cannot be worked with, 1 a defect."""
@@ -227,11 +226,11 @@ def read_findings(run_id: str) -> list[dict[str, Any]] | None:
     Raises:
         UserError: where it is no list of findings.
     """
-    client = MlflowClient()
-    if not any(file.path == FINDINGS for file in client.list_artifacts(run_id)):
+    text = read_text(run_id, FINDINGS)
+    if text is None:
         return None
     try:
-        found = json.loads(Path(client.download_artifacts(run_id, FINDINGS)).read_text(encoding="utf-8"))
+        found = json.loads(text)
     except ValueError:
         found = None
     if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import re
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import mlflow
 import yaml
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.utils.uri import is_local_uri
 
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.sampling import BUNDLE
@@ -114,8 +118,7 @@ def _model_id(version: str) -> str:
 def _model(model_id: str, version: str | None) -> Located:
     client = MlflowClient()
     model = client.get_logged_model(model_id)
-    files = Path(mlflow.artifacts.download_artifacts(f"models:/{model_id}"))
-    bundles = sorted(files.rglob(BUNDLE))
+    bundles = sorted(_files(model_id, model.artifact_location).rglob(BUNDLE))
     if not bundles:
         raise UserError(f"model {model_id} holds no sampler of this project ({BUNDLE})")
     run_id = str(model.source_run_id)
@@ -123,10 +126,24 @@ def _model(model_id: str, version: str | None) -> Located:
     return Located(folder, own, run_id, model_id, version, data_digest(run_id))
 
 
+def _files(model_id: str, location: str | None) -> Path:
+    """A model's files: those of a local store as they lie there; a server's are copied, and go with this process."""
+    folder = None
+    if not is_local_uri(location):
+        folder = tempfile.mkdtemp(prefix="dfu-model-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(mlflow.artifacts.download_artifacts(f"models:/{model_id}", dst_path=folder))
+
+
+def read_text(run_id: str, file: str) -> str | None:
+    """A run's artifact, None where it holds none of that name."""
+    client = MlflowClient()
+    if not any(found.path == file for found in client.list_artifacts(run_id)):
+        return None
+    return str(mlflow.artifacts.load_text(f"{client.get_run(run_id).info.artifact_uri}/{file}"))
+
+
 def run_configuration(run_id: str) -> dict[str, Any] | None:
     """The resolved configuration that a run logged, None where it holds none."""
-    client = MlflowClient()
-    if not any(file.path == "config.yaml" for file in client.list_artifacts(run_id)):
-        return None
-    text = Path(client.download_artifacts(run_id, "config.yaml")).read_text(encoding="utf-8")
-    return dict(yaml.safe_load(text))
+    text = read_text(run_id, "config.yaml")
+    return None if text is None else dict(yaml.safe_load(text))
