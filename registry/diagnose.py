@@ -25,17 +25,18 @@ from dfu_mlflow.diagnosis.checks.resolution_off_native import native_px
 from dfu_mlflow.diagnosis.diagnose import Budget, Diagnosis, diagnose
 from dfu_mlflow.diagnosis.foreign import read_foreign
 from dfu_mlflow.diagnosis.lacking import Lacking
-from dfu_mlflow.diagnosis.report import BUDGET_TAG, diagnosis_report, finding_tags, findings_file
+from dfu_mlflow.diagnosis.report import BUDGET_TAG, diagnosis_report, diagnosis_section, finding_tags, findings_file
 from dfu_mlflow.diagnosis.weights import WeightFiles, checkpoint_updates, find_weights
 from dfu_mlflow.errors import UserError
-from dfu_mlflow.report.render import render
+from dfu_mlflow.report.render import render, render_section, with_section
 from dfu_mlflow.subject import CHECKPOINTS, local_configuration
 from dfu_mlflow.tracking import HEARTBEAT_TAG, IMAGE_FILE
 from dfu_mlflow.tracking_store import logged_points
-from registry.source import RUN_ID, run_configuration
+from registry.source import RUN_ID, read_text, run_configuration
 
 OUTPUT_DIR = Path("outputs/diagnose")
 FINDINGS = "findings.json"
+REPORT = "report.html"
 UNNAMED: Mapping[str, tuple[tuple[str, ...], str]] = MappingProxyType(
     {
         "base": (("base_model",), "the base was not named (--base_model)"),
@@ -291,17 +292,22 @@ def _states(stated: Mapping[str, Any], key: str) -> bool:
 
 
 def _write(name: str, diagnosis: Diagnosis, options: DiagnoseOptions, folder: Path) -> list[Path]:
-    """Into a folder, and for a run of ours into its artifacts and tags as well; full findings are never replaced by
-    cheap ones."""
+    """Into a folder, and for a run of ours into its artifacts, a section of its report and tags as well; full findings
+    are never replaced by cheap ones."""
     folder.mkdir(parents=True, exist_ok=True)
     # Errors name image files, and these name patients.
-    html, findings = (
-        IMAGE_FILE.sub("[image]", text) for text in (render(diagnosis_report(name, diagnosis)), diagnosis.document())
+    html, section, findings = (
+        IMAGE_FILE.sub("[image]", text)
+        for text in (
+            render(diagnosis_report(name, diagnosis)),
+            render_section(diagnosis_section(diagnosis)),
+            diagnosis.document(),
+        )
     )
     budget = folder / BUDGET_FILE
     before = budget.read_text(encoding="utf-8").strip() if budget.is_file() else None
     place = findings_file(diagnosis.budget, before)
-    written = {place: findings, **({"report.html": html} if place == FINDINGS else {})}
+    written = {place: findings, **({REPORT: html} if place == FINDINGS else {})}
     for file, text in written.items():
         (folder / file).write_text(text, encoding="utf-8")
     if place == FINDINGS:
@@ -311,7 +317,8 @@ def _write(name: str, diagnosis: Diagnosis, options: DiagnoseOptions, folder: Pa
         place = findings_file(diagnosis.budget, client.get_run(run_id).data.tags.get(BUDGET_TAG))
         client.log_text(run_id, findings, place)
         if place == FINDINGS:
-            client.log_text(run_id, html, "diagnosis.html")
+            report = read_text(run_id, REPORT)
+            client.log_text(run_id, html if report is None else with_section(report, section), REPORT)
             for key, value in finding_tags(diagnosis).items():
                 client.set_tag(run_id, key, value)
     return [folder / file for file in written]

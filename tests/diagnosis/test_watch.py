@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -80,7 +81,9 @@ def test_diagnose_reads_the_run_from_mlflow(ill: tuple[TrainingResult, str]) -> 
     assert tags["finding.ema_lag"] == "warning" or tags["finding.ema_lag"] == "blocker"
     assert tags["finding.nonfinite"] == "sound"
     assert (tags[STEPS_TAG], tags[CLASSES_TAG]) == ("3", "3")
-    assert {"diagnosis.html", "findings.json"} <= {file.path for file in MlflowClient().list_artifacts(result.run_id)}
+    report = client_text(result.run_id, "report.html")
+    assert report.count("<h2>Diagnosis</h2>") == 1, "the section that training wrote is replaced"
+    assert {"<h2>Samples</h2>", "<h2>Settings</h2>"} <= set(re.findall("<h2>.*</h2>", report))
 
 
 @pytest.mark.parametrize("inside", ["", "checkpoints/step-00000006"])

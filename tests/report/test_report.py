@@ -14,7 +14,7 @@ from dfu_mlflow.report.album import Album
 from dfu_mlflow.report.document import Report, Section, Table
 from dfu_mlflow.report.figures import epoch_axes, headline_table, number, with_interval
 from dfu_mlflow.report.plots import Interval, curve_row, interval_rows
-from dfu_mlflow.report.render import render
+from dfu_mlflow.report.render import render, render_section, with_section
 from dfu_mlflow.report.training import TrainingStory, training_report
 
 
@@ -77,6 +77,15 @@ def test_document_opens_without_a_network_and_runs_nothing(story: TrainingStory)
 
 def test_equal_figures_give_equal_documents(story: TrainingStory) -> None:
     assert render(training_report(story)) == render(training_report(story))
+
+
+def test_a_section_takes_the_place_of_its_namesake_and_of_nothing_else() -> None:
+    first, second = Section("Found", ("</section>",)), Section("Samples", ("two",))
+    document = render(Report("Run", (), (first, second), ("end",)))
+    longer = render(Report("Run", (), (Section("Found", ("one \\1",)), second), ("end",)))
+    assert with_section(document, render_section(Section("Found", ("one \\1",)))) == longer
+    without = render(Report("Run", (), (second,), ("end",)))
+    assert with_section(without, render_section(first)) == render(Report("Run", (), (second, first), ("end",)))
 
 
 def test_plots_are_whole_drawings(story: TrainingStory) -> None:
