@@ -121,6 +121,7 @@ class TrainingRun(Participant):
     def on_step(self, step: int, figures: dict[str, float]) -> None:
         """A step is done: show it, and log every few."""
         self.console.step(step, figures)
+        self.watch.rates[step] = figures["step/lr"]
         if step % self.config.tracking.log_every_steps == 0:
             self.tracker.step(step, figures)
 

@@ -22,6 +22,8 @@ class Watch:
         self.settings = flatten(config)
         self.facts = {STEPS_TAG: str(steps_per_epoch), CLASSES_TAG: str(classes)}
         self.steps_per_epoch = steps_per_epoch
+        self.rates: dict[int, float] = {}
+        """Learning rate of each step of this process."""
         self.told: set[str] = set()
 
     def look(self, epochs: Mapping[int, Mapping[str, float]]) -> tuple[Diagnosis, list[str]]:
@@ -30,7 +32,7 @@ class Watch:
         Returns:
             The diagnosis, and a sentence for each finding above a note that was not told before.
         """
-        curves: dict[str, dict[int, float]] = {"step/loss": {}}
+        curves: dict[str, dict[int, float]] = {"step/loss": {}, "step/lr": self.rates}
         for epoch, figures in sorted(epochs.items()):
             for name, value in figures.items():
                 curves.setdefault(name, {})[epoch] = value

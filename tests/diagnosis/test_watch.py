@@ -20,9 +20,12 @@ from dfu_mlflow.conditioning import FED
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
 from dfu_mlflow.diagnosis.case import CLASSES_TAG, STEPS_TAG
+from dfu_mlflow.diagnosis.finding import Finding, Healthy
 from dfu_mlflow.diagnosis.report import BUDGET_TAG
+from dfu_mlflow.diagnosis.watch import Watch
 from dfu_mlflow.participant import TrainingResult
 from dfu_mlflow.pipeline import run_training
+from dfu_mlflow.schedules import lr_factor
 from dfu_mlflow.tracking import Tracker
 from registry.diagnose import DiagnoseOptions, build_case, run_diagnosis, tell_of_checkpoint
 from registry.promote import findings_budget
@@ -69,6 +72,18 @@ def test_training_says_it_at_once_and_once(ill: tuple[TrainingResult, str]) -> N
 def test_a_run_gives_signs_of_life_while_it_draws(ill: tuple[TrainingResult, str]) -> None:
     """One a batch of pictures; the tracker writes every 30 s at most."""
     assert ill[1].count("alive while drawing") > 2
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_rate_that_leaves_its_schedule_is_said_while_training(kept: bool) -> None:
+    config = validate(RunConfig, {"train": {"epochs": 1, "lr_schedule": "cosine", "warmup_steps": 0}})
+    watch = Watch(config, steps_per_epoch=20, classes=3)
+    for step in range(1, 21):
+        factor = lr_factor("cosine", step - 1 if kept else (step - 1) // 4, 0, 20)
+        watch.rates[step] = config.train.learning_rate * factor
+    diagnosis, news = watch.look({0: {"val/loss": 0.5}, 1: {"val/loss": 0.4, "train/loss": 0.4}})
+    assert [word.split()[1] for word in news if "wrong_schedule" in word] == ([] if kept else ["wrong_schedule:"])
+    assert isinstance(diagnosis.outcomes["wrong_schedule"], Healthy if kept else Finding)
 
 
 def test_diagnose_reads_the_run_from_mlflow(ill: tuple[TrainingResult, str]) -> None:
