@@ -10,14 +10,38 @@ from pathlib import Path
 
 import torch
 
+from dfu_mlflow.errors import UserError
+
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "mlflow", "numpy")
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where it works, else the CPU."""
+    """`auto` is CUDA where it works, else the CPU.
+
+    Raises:
+        UserError: for a device that torch does not know, or that is not here.
+    """
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+        return torch.device("cuda" if cards else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: unknown; give auto, cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and (device.index or 0) >= cards:
+        raise UserError(f"--device {name}: torch finds {cards} CUDA devices here; --device auto takes what there is")
+    return device
+
+
+def pick_devices(names: str) -> tuple[torch.device, ...]:
+    """Several, with commas; `auto` is every CUDA device, else the CPU.
+
+    Raises:
+        UserError: as `pick_device`.
+    """
+    if names == "auto" and torch.cuda.is_available():
+        return tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+    return tuple(pick_device(name.strip()) for name in names.split(","))
 
 
 def derive_seed(seed: int, purpose: str, *index: int) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Self
 
+import numpy as np
 from mlflow.exceptions import MlflowException
 from pydantic import Field, model_validator
 from tqdm import tqdm
@@ -16,11 +18,12 @@ from dfu_mlflow.config.load import merge, validate
 from dfu_mlflow.config.section import Positive, Section
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.interrupt import StopRequest
-from dfu_mlflow.runtime import derive_seed
-from dfu_mlflow.sampling import Sampler
+from dfu_mlflow.runtime import derive_seed, pick_devices
+from dfu_mlflow.sampling import Sampler, Settings
 from registry.picture import picture_facts, png
 from registry.picture_checks import COLOUR, COPY, Photographs, PictureChecks, Verdict
 from registry.sample_folder import MANIFEST, SampleFolder, check_folder
+from registry.sampler_pool import Batch, SamplerPool
 from registry.source import Located, locate, resolve_version
 
 
@@ -52,6 +55,7 @@ class SampleConfig(Section):
     output_dir: Path = Path("outputs/samples")
     seed: int = 0
     device: str = "auto"
+    """`auto` is every GPU, else the CPU; several with commas, e.g. `cuda:0,cuda:2`. Pictures do not depend on them."""
     guidance_scale: Annotated[float, Field(ge=0.0)] | None = None
     """None takes the model's own."""
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
@@ -97,15 +101,16 @@ def sample(config: SampleConfig) -> Sampled:
         Interrupted: after Ctrl-C or SIGTERM; what is drawn stays.
     """
     located = _locate(config.model)
-    sampler = Sampler.load(located.folder, config.device)
-    counts = _counts(config.sample, sampler.classes)
-    photographs, notes = _photographs(config, located)
-    settings = _settings(config, sampler, str(located.version), counts)
+    devices = pick_devices(config.device)
+    pool = SamplerPool.load(located.folder, devices)
+    counts = _counts(config.sample, pool.first.classes)
+    photographs, notes = _photographs(config, located, str(devices[0]))
+    settings = _settings(config, pool.first, str(located.version), counts)
     settings["photographs"] = None if photographs is None else photographs.digest
     check_folder(config.output_dir, settings)
     filters = [name for name, on in ((COPY, config.sample.filter_copies), (COLOUR, config.sample.filter_colour)) if on]
     with StopRequest() as stop, SampleFolder(config.output_dir, settings) as folder:
-        filling = Filling(sampler, PictureChecks(photographs, filters), folder, settings)
+        filling = Filling(pool, PictureChecks(photographs, filters), folder, settings)
         with tqdm(total=sum(counts.values()), unit="image") as bar:
             for label, count in counts.items():
                 filling.fill(label, count, stop, bar)
@@ -116,31 +121,31 @@ class Filling:
     """Fills a folder class by class, batch by batch.
 
     Candidates of a class are numbered; the first `count` are drawn, then as many as were dropped, and so on. Batches
-    are cut from these rounds alike every time, so a folder that was gone on with equals one drawn in one go.
+    are cut from these rounds alike every time, so a folder that was gone on with, or drawn on several devices, equals
+    one drawn in one go.
     """
 
     def __init__(
-        self, sampler: Sampler, checks: PictureChecks, folder: SampleFolder, settings: Mapping[str, Any]
+        self, pool: SamplerPool, checks: PictureChecks, folder: SampleFolder, settings: Mapping[str, Any]
     ) -> None:
-        self.sampler, self.checks, self.folder, self.settings = sampler, checks, folder, settings
+        self.pool, self.checks, self.folder, self.settings = pool, checks, folder, settings
         self.known = folder.decided()
         self.decided: dict[tuple[str, int], bool] = {}
         self.reused = 0
 
     def fill(self, label: str, count: int, stop: StopRequest, bar: Any) -> None:
         """Draw until `count` pictures of a class are kept, or too many were drawn for it."""
-        for numbers in self._batches(label, count):
-            keys = [(label, number) for number in numbers]
-            if all(key in self.known for key in keys):
-                self.decided |= {key: self.known[key] for key in keys}
-                self.reused += len(keys)
-            else:
-                stop.check()
-                if self.known:  # the first batch that is not whole ends what can be used of an earlier attempt
-                    self.folder.forget(self.decided)
-                    self.known = {}
-                self.decided |= self._draw(label, numbers)
-            bar.update(sum(self.decided[key] for key in keys))
+        for batches in self._rounds(label, count):
+            there = list(takewhile(lambda numbers: self._is_known(label, numbers), batches))
+            for numbers in there:
+                self._decide(label, {number: self.known[label, number] for number in numbers}, bar)
+                self.reused += len(numbers)
+            missing = batches[len(there) :]
+            if missing and self.known:  # the first batch that is not whole ends what can be used of an earlier attempt
+                self.folder.forget(self.decided)
+                self.known = {}
+            for numbers, images in zip(missing, self._draw(label, missing, stop), strict=True):
+                self._decide(label, self._keep(label, numbers, images), bar)
 
     def kept(self, label: str) -> int:
         """Pictures of a class so far."""
@@ -164,20 +169,40 @@ class Filling:
             said.append(f"too many were dropped ({', '.join(short)}) within --sample.max_draws_ratio {limit}")
         return tuple(said)
 
-    def _batches(self, label: str, count: int) -> Iterator[range]:
+    def _rounds(self, label: str, count: int) -> Iterator[list[range]]:
         start, most = 0, int(count * float(self.settings["max_draws_ratio"]))
         size = int(self.settings["batch_size"])
         while (missing := count - self.kept(label)) > 0 and start < most:
             end = min(start + missing, most)
-            yield from (range(first, min(first + size, end)) for first in range(start, end, size))
+            yield [range(first, min(first + size, end)) for first in range(start, end, size)]
             start = end
 
-    def _draw(self, label: str, numbers: range) -> dict[tuple[str, int], bool]:
-        class_id = self.sampler.classes.index(label)
-        seeds = [picture_seed(int(self.settings["seed"]), class_id, number) for number in numbers]
-        asked = float(self.settings["guidance_scale"]), int(self.settings["num_inference_steps"])
-        settings = self.sampler.settings_with(*asked)
-        images = self.sampler.draw([label] * len(seeds), seeds, *asked)
+    def _is_known(self, label: str, numbers: range) -> bool:
+        return all((label, number) in self.known for number in numbers)
+
+    def _decide(self, label: str, kept: Mapping[int, bool], bar: Any) -> None:
+        self.decided |= {(label, number): keep for number, keep in kept.items()}
+        bar.update(sum(kept.values()))
+
+    def _draw(self, label: str, batches: Sequence[range], stop: StopRequest) -> Iterator[np.ndarray]:
+        def asked() -> Iterator[Batch]:
+            for numbers in batches:
+                stop.check()
+                yield [label] * len(numbers), self._seeds(label, numbers)
+
+        return self.pool.draw(asked(), self._drawn_with())
+
+    def _seeds(self, label: str, numbers: range) -> list[int]:
+        class_id = self.pool.first.classes.index(label)
+        return [picture_seed(int(self.settings["seed"]), class_id, number) for number in numbers]
+
+    def _drawn_with(self) -> Settings:
+        own = self.settings
+        return self.pool.first.settings_with(float(own["guidance_scale"]), int(own["num_inference_steps"]))
+
+    def _keep(self, label: str, numbers: range, images: np.ndarray) -> dict[int, bool]:
+        """Check and write a batch; number -> whether it is kept."""
+        settings, seeds = self._drawn_with(), self._seeds(label, numbers)
         pictures: dict[str, bytes] = {}
         kept: list[dict[str, object]] = []
         rejected: list[dict[str, object]] = []
@@ -192,7 +217,7 @@ class Filling:
             kept.append(row)
         self.folder.write(pictures, kept, rejected)
         dropped = {row["number"] for row in rejected}
-        return {(label, number): number not in dropped for number in numbers}
+        return {number: number not in dropped for number in numbers}
 
 
 def picture_seed(seed: int, class_id: int, number: int) -> int:
@@ -255,13 +280,13 @@ def _settings(config: SampleConfig, sampler: Sampler, model: str, counts: Mappin
     }
 
 
-def _photographs(config: SampleConfig, located: Located) -> tuple[Photographs | None, tuple[str, ...]]:
+def _photographs(config: SampleConfig, located: Located, device: str) -> tuple[Photographs | None, tuple[str, ...]]:
     """The version's training photographs; where they are not at hand, None and a sentence, if copies may pass."""
     stated = {"data": config.data, "metrics": config.metrics, "memorisation": config.memorisation}
     try:
         if located.configuration is None and not config.data:
             raise UserError("the version does not tell which photographs it was trained on")
-        own = merge(located.configuration or {}, {"device": config.device, "resume": "none"})
+        own = merge(located.configuration or {}, {"device": device, "resume": "none"})
         return Photographs(validate(RunConfig, merge(own, stated)), located.data_digest), ()
     except UserError as error:
         if config.sample.filter_copies:

@@ -122,6 +122,8 @@ def test_what_is_not_registered_is_told(model: str, tmp_path: Path) -> None:
         (["--guidance_scale", "-1"], "--guidance_scale: input should be greater"),
         (["--sample.counts", "{X: 2}"], "unknown class X: this model draws I, P, R"),
         (["--sample.counts", "{I: -2}"], "--sample.counts.I"),
+        (["--device", "cpu,quantum"], "--device quantum: unknown"),
+        (["--device", "cuda:63"], "--device cuda:63: torch finds"),
         ([], "copies of training photographs cannot be told without them"),
     ],
 )
@@ -169,6 +171,14 @@ def test_dropped_pictures_are_replaced_and_counted(
     assert not {row["seed"] for row in dropped} & {row["seed"] for row in kept}
     assert all(-1 <= float(row["nearest_similarity"]) <= 1 for row in kept)
     assert {path for path in unbroken if path.endswith(".png")} == {row["path"] for row in kept}
+
+
+@pytest.mark.parametrize("devices", ["cpu,cpu", "cpu, cpu,cpu"])
+def test_files_do_not_depend_on_the_devices(
+    trained: tuple[RunConfig, RegisteredSampler], unbroken: dict[str, bytes], tmp_path: Path, devices: str
+) -> None:
+    assert sample(filtered(tmp_path, trained[1], "--device", devices, "--sample.batch_size", "3")).complete
+    assert content(tmp_path) == unbroken
 
 
 class Killed(BaseException):
