@@ -1,23 +1,28 @@
 """Does `diagnose` name the right cause? Each fault of the catalogue put into a small real run, at two strengths.
 
     python -m benchmarks.zoo [--faults ema_lag,nonfinite] [--seeds 0,1,2] [--strengths stronger] [--healthy 20]
-                             [--pairs 6] [--out outputs/zoo] [--table docs/zoo.md]
+                             [--pairs 6] [--jobs 2] [--out outputs/zoo] [--table docs/zoo.md]
 
 Every run is diagnosed at the full budget. `OUT/journal.jsonl` holds a line a run; runs that stand there are not
-repeated, so the same command goes on after a kill. Thresholds may be looked at on the first half of the seeds (the
-setting seeds) only; the others are held out.
+repeated, so the same command goes on after a kill. Processes (`--jobs`) have stores and caches of their own.
+Thresholds may be looked at on the first half of the seeds (the setting seeds) only; the others are held out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.zoo_faults import FAULTS, HEALTHY, PAIRS
 from benchmarks.zoo_lab import Exhibit, Injection, Lab
@@ -102,6 +107,46 @@ def examine(lab: Lab, plan: Plan) -> dict[str, Any]:
         "checks_s": spent,
         "diagnose_s": round(time.process_time() - made, 1),
     }
+
+
+def attempt(lab: Lab, plan: Plan) -> dict[str, Any]:
+    """`examine`; what it raises is a defect, to be counted as a wrong answer."""
+    try:
+        return examine(lab, plan)
+    except Interrupted:
+        raise
+    except Exception as error:
+        one = plan.facts() | {"findings": [], "unable": {}, "run_s": 0.0, "diagnose_s": 0.0}
+        return one | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+
+
+def attempts(options: argparse.Namespace, left: Sequence[Plan]) -> Iterator[dict[str, Any]]:
+    """Journal lines of the plans, as they are done."""
+    if options.jobs == 1:
+        lab = Lab(options.out)
+        yield from (attempt(lab, plan) for plan in left)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, context, open_lab, (options, context.Value("i", 0))) as pool:
+        yield from (done.result() for done in as_completed([pool.submit(attempt_in_child, plan.key) for plan in left]))
+
+
+CHILD: dict[str, Any] = {}
+"""A child's laboratory and the plans by their keys."""
+
+
+def open_lab(options: argparse.Namespace, opened: Any) -> None:
+    """Begin a child."""
+    with opened.get_lock():
+        number = opened.value
+        opened.value += 1
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.jobs))
+    CHILD.update(lab=Lab(options.out / f"job-{number}"), plans={plan.key: plan for plan in plans(options)})
+
+
+def attempt_in_child(key: str) -> dict[str, Any]:
+    """A plan by its key: it cannot be sent itself."""
+    return attempt(CHILD["lab"], CHILD["plans"][key])
 
 
 def own_figures(diagnosis: Diagnosis, name: str) -> dict[str, Any]:
@@ -210,6 +255,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--strengths", type=lambda text: text.split(","), default=list(STRENGTHS))
     parser.add_argument("--healthy", type=int, default=len(HEALTHY), help="how many of the healthy settings")
     parser.add_argument("--pairs", type=int, default=len(PAIRS), help="how many of the pairs of faults")
+    parser.add_argument("--jobs", type=int, default=1, help="how many processes")
     parser.add_argument("--out", type=Path, default=Path("outputs/zoo"), help="store, cache, runs and journal")
     parser.add_argument("--table", type=Path, help="write the table there as well")
     options = parser.parse_args(arguments)
@@ -222,25 +268,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> int:
     """Make what is missing, print the table."""
     options = parse(arguments)
-    lab = Lab(options.out)
+    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "journal.jsonl"
     journal = read_journal(path)
     done = {one["key"] for one in journal}
-    for plan in plans(options):
-        if plan.key in done:
-            continue
-        try:
-            one = examine(lab, plan)
-        except Interrupted:
-            raise
-        except Exception as error:  # any: it is a defect, to be counted as a wrong answer
-            one = plan.facts() | {"findings": [], "unable": {}, "run_s": 0.0, "diagnose_s": 0.0}
-            one["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    for one in attempts(options, [plan for plan in plans(options) if plan.key not in done]):
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(one) + "\n")
         journal.append(one)
         print(told(one), flush=True)
-    text = table(journal)
+    order = {plan.key: number for number, plan in enumerate(plans(options))}
+    text = table(sorted(journal, key=lambda one: order.get(one["key"], len(order))))
     print(text)
     if options.table:
         options.table.write_text(text, encoding="utf-8")
