@@ -49,6 +49,7 @@ def write_bundle(folder: Path, config: RunConfig, source: BundleSource) -> Path:
         "format": FORMAT,
         "base": {"bundled": bundled, "source": config.base_model, "digests": dict(source.base_digests)},
         "adapter": config.adapter.model_dump(mode="json"),
+        "mixed_precision": config.train.mixed_precision,
         "shown": source.shown,
         "prompts": dict(source.prompts),
         "negative_prompt": config.prompts.negative_prompt,

@@ -121,7 +121,9 @@ class FusedEngine(Engine):
             self.accelerator.backward(loss)
 
     def update(self) -> float:
-        """The step is done. Returns the gradient norm."""
+        """The step is done, and what it computed has arrived. Returns the gradient norm."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
         return float(self.optimizer.gradient_norm)
 
 
@@ -196,7 +198,7 @@ class ZeroEngine(Engine):
             return
         for flat in self.zero.single_partition_of_fp32_groups:
             zeros = {key: torch.zeros_like(flat) for key in self.KEYS}
-            self.zero.optimizer.state[flat] = {"step": state["0.step"].clone(), **zeros}
+            self.zero.optimizer.state[flat] = {"step": state["0.step"].to(flat.device, copy=True), **zeros}
         self.zero._lazy_init_hp_params_optimizer_state()
         for index, weight in enumerate(self.weights.values()):
             for key in self.KEYS:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
     """Input that cannot be worked with: says what was given, what is allowed and which flag mends it.
 
     Entry points print it on one line and exit with code 2.
+
+    Args:
+        message: for the terminal.
+        private: parts of it that may name patients, which nothing that leaves this machine may hold.
     """
+
+    def __init__(self, message: str = "", private: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.private = tuple(filter(None, private))
 
 
 class ConfigError(UserError):

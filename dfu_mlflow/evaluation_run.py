@@ -6,9 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
-
+from dfu_mlflow.base.load import give_up_text_encoders
 from dfu_mlflow.config.load import dump_yaml
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.data import dataset_digest
@@ -16,6 +14,7 @@ from dfu_mlflow.errors import UserError
 from dfu_mlflow.evaluator import flatten, folded
 from dfu_mlflow.interrupt import StopRequest
 from dfu_mlflow.memorisation import MemorisationProbe, membership
+from dfu_mlflow.memory import check_output_folder
 from dfu_mlflow.metrics.comparison import Comparison
 from dfu_mlflow.metrics.extractors.files import Unavailable
 from dfu_mlflow.metrics.extractors.sscd import sscd
@@ -27,11 +26,12 @@ from dfu_mlflow.report.document import Section
 from dfu_mlflow.report.evaluation import EvaluationStory, evaluation_report
 from dfu_mlflow.report.findings import memorisation_section, utility_section
 from dfu_mlflow.report.render import render
-from dfu_mlflow.runtime import provenance
+from dfu_mlflow.runtime import make_current, pick_device, provenance, use_precision
 from dfu_mlflow.sightings import Observer, Sighting, check_subject
 from dfu_mlflow.subject import Subject
-from dfu_mlflow.tracking import Tracker, track
-from dfu_mlflow.types import Estimate, Pipeline
+from dfu_mlflow.tracking import Tracker, masked, track
+from dfu_mlflow.tracking_store import check_store
+from dfu_mlflow.types import Estimate
 from dfu_mlflow.utility import utility
 
 HEADLINES = ("fid", "fd", "kid")
@@ -94,12 +94,18 @@ def run_evaluation(
         Interrupted: after Ctrl-C or SIGTERM.
     """
     with StopRequest() as stop:
-        material = prepare(config, read_source(config))
+        make_current(pick_device(config.device))
+        source = read_source(config)
+        check_output_folder(config.output_dir)
+        check_store()
+        material = prepare(config, source)
+        give_up_text_encoders(material.pipe)
         material.pipe.to(material.device)
         subject = open_subject(config, material)
         config = fitting(config, subject)
         check_subject(config, material, subject)
-        use_precision(config, material.device, material.pipe, *([subject.sampler.pipe] if subject.sampler else []))
+        for pipe in (material.pipe, *([subject.sampler.pipe] if subject.sampler else [])):
+            use_precision(pipe.unet, material.device, config.train.mixed_precision)
         observer = Observer(config, material, build_panels(config, material, thorough=True), Ranks(stop.check))
         with track(config) as tracker:
             evaluation = Evaluation(config, observer, tracker, origin)
@@ -110,13 +116,6 @@ def run_evaluation(
             if also is not None:
                 also(evaluation, base, seen)
             return evaluation.conclude(subject, base, seen)
-
-
-def use_precision(config: RunConfig, device: torch.device, *pipes: Pipeline) -> None:
-    """Run UNets under `train.mixed_precision`, as training's own evaluations do: figures come out as they did."""
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=config.train.mixed_precision)
-    for pipe in pipes:
-        accelerator.prepare_model(pipe.unet, device_placement=False, evaluation_mode=True)
 
 
 def fitting(config: RunConfig, subject: Subject) -> RunConfig:
@@ -186,7 +185,7 @@ class Evaluation:
                 report = utility(self.config, self.observer.material, subject, self.observer.ranks.check)
                 self.add(utility_section(report), "utility", report.values)
             except UserError as error:  # hours of figures are not thrown away for it
-                self.notes["utility"] = str(error)
+                self.notes["utility"] = masked(error)
 
     def memorisation(self, subject: Subject, seen: Sighting) -> None:
         """Look for copies; the closest pairs go to a folder that only the user can read."""

@@ -118,7 +118,9 @@ def _member_losses(
     sampler: Sampler,
     between_batches: Callable[[], None],
 ) -> MemberLosses:
-    latents = encode_evaluation_latents(records, config.data, material.cache, material.encoder)
+    latents = encode_evaluation_latents(
+        records, config.data, material.cache, material.encoder, material.source.split.classes
+    )
     evaluation, factor = config.evaluation, float(material.pipe.vae.config.scaling_factor)
     grid = ValidationGrid.build(latents, factor, len(records), evaluation.validation_timesteps, evaluation.seed)
     now, base = (

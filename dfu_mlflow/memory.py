@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -89,17 +90,34 @@ def check_disk(config: RunConfig, source: str) -> None:
         )
 
 
+def check_output_folder(folder: Path) -> None:
+    """Before anything is computed that would have to be written there; nothing is made yet.
+
+    Raises:
+        UserError: where that cannot be.
+    """
+    place = nearest(folder)
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {folder} cannot be written: {place} is no folder that you may write to")
+
+
 def kept_checkpoints(config: RunConfig) -> int:
     """Checkpoints on disk at the worst moment: the newest ones, the best one and the one being written."""
     return config.checkpoint.keep_last + 2
 
 
 def free_bytes(folder: Path) -> tuple[Path, int]:
-    """The nearest folder that exists, and what is free there."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
+    """The nearest place that exists, and what is free there."""
+    place = nearest(folder)
     return place, shutil.disk_usage(place).free
+
+
+def nearest(path: Path) -> Path:
+    """The path, or the nearest above it that exists."""
+    place = path.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    return place
 
 
 def _attached(unet: Any, config: RunConfig) -> list[nn.Parameter]:

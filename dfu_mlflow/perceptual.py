@@ -8,6 +8,7 @@ predictions from low noise are decoded: above it the predicted image is an avera
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,12 @@ class PerceptualTerm:
         return loss.index_add(0, rows, self.weight * distance)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        decoded: torch.Tensor = self.vae.decode(
-            latents.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False
-        )[0]
+        kind = latents.device.type
+        half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        with torch.autocast(kind, enabled=False) if half else nullcontext():  # SDXL's autoencoder overflows in fp16
+            decoded: torch.Tensor = self.vae.decode(
+                latents.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False
+            )[0]
         return decoded
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from dfu_mlflow.base.adapters import attach, snapshot, store_frozen
-from dfu_mlflow.base.load import resolve_base
+from dfu_mlflow.base.load import give_up_text_encoders, resolve_base
 from dfu_mlflow.batches import Batches
 from dfu_mlflow.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from dfu_mlflow.config.runtime import RuntimeConfig
@@ -18,7 +18,7 @@ from dfu_mlflow.engines import check_launch
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.fused import BackwardOptimizer
 from dfu_mlflow.interrupt import StopRequest
-from dfu_mlflow.memory import check_disk
+from dfu_mlflow.memory import check_disk, check_output_folder
 from dfu_mlflow.objective import Objective
 from dfu_mlflow.optimizers import build_optimizer
 from dfu_mlflow.panels import build_panels
@@ -27,8 +27,9 @@ from dfu_mlflow.perceptual import build_perceptual
 from dfu_mlflow.preparation import Material, prepare, read_source
 from dfu_mlflow.ranks import Ranks, joined
 from dfu_mlflow.resume import check_same_run
-from dfu_mlflow.runtime import pick_device
+from dfu_mlflow.runtime import make_current, pick_device
 from dfu_mlflow.tracking import track
+from dfu_mlflow.tracking_store import check_store
 from dfu_mlflow.trainer import Parts
 from dfu_mlflow.training_run import Supervisor, TrainingRun
 
@@ -51,7 +52,7 @@ def run_training(
             when another process has died, hangs or failed.
         Interrupted: after Ctrl-C or SIGTERM; a checkpoint has been written. `Pruned` where the supervisor says so.
     """
-    device = pick_device(config.device)
+    device = make_current(pick_device(config.device))
     with StopRequest() as stop, joined(device, config.runtime.timeout_s, stop) as ranks, ranks.explained():
         check_launch(config.train, ranks.count)
         if supervisor is not None and ranks.count > 1:
@@ -64,6 +65,9 @@ def run_training(
         resumed_from = ranks.decided(lambda: find_checkpoint(config.resume, config.output_dir), "the start")
         with ranks.main_first("preparation"):
             source = read_source(config)
+            if ranks.main:  # hours of encoding are not to end at a store or a folder that cannot be written
+                check_output_folder(config.output_dir)
+                check_store()
             checkpoint = load_checkpoint(resumed_from) if resumed_from else None
             digest = dataset_digest(source.split)
             if checkpoint is not None:
@@ -112,7 +116,8 @@ def equip(config: RunConfig, material: Material, ranks: Ranks) -> Equipment:
         UserError: for weights or packages that are not at hand, or adapters that fit nowhere.
     """
     parts = build_parts(config, material, ranks)
-    start = snapshot(material.pipe.unet, config.adapter)  # before the first step an adapter adds nothing
+    # Before the first step an adapter adds nothing. The main rank alone measures how far the weights went.
+    start = snapshot(material.pipe.unet, config.adapter) if ranks.main else {}
     return Equipment(material, build_panels(config, material), parts, start)
 
 
@@ -125,7 +130,7 @@ def build_parts(config: RunConfig, material: Material, ranks: Ranks | None = Non
         UserError: as `equip`.
     """
     pipe, ranks = material.pipe, ranks or Ranks()
-    pipe.register_modules(text_encoder=None, text_encoder_2=None)  # 3 GiB of SDXL; every prompt is encoded by now
+    give_up_text_encoders(pipe)
     objective = Objective(
         dict(pipe.scheduler.config), config.loss, build_perceptual(config.loss.perceptual_loss, pipe.vae)
     )

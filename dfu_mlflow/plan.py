@@ -59,6 +59,8 @@ def _size_lines(config: RunConfig) -> list[str]:
         "estimated peak memory of training in one process:",
         *parts,
         f"  {'sum':<32}{sum(plan['memory_gib'].values()):8.2f} GiB, and what CUDA takes for itself",
+        "  not counted: evaluations, the average on the device while it is evaluated, and the perceptual term, which "
+        "decodes pictures with gradients",
         "beside it in the computer's memory:",
         *host,
         f"disk for checkpoints: {kept_checkpoints(config)} x {plan['checkpoint_gib']:.2f} GiB; "

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import logging
+import os
 import platform
 import subprocess
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType, MethodType
+from typing import TypeVar
 
 import torch
+from accelerate.utils import convert_outputs_to_fp32
+from torch import nn
 
 from dfu_mlflow.errors import UserError
 
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+HALF = MappingProxyType({"bf16": torch.bfloat16, "fp16": torch.float16})
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "mlflow", "numpy")
 
 
@@ -31,6 +43,59 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= cards:
         raise UserError(f"--device {name}: torch finds {cards} CUDA devices here; --device auto takes what there is")
     return device
+
+
+def make_current(device: torch.device) -> torch.device:
+    """Let `cuda` without a number mean this card from now on: accelerate asks for it that way.
+
+    Raises:
+        UserError: for one card by its number where several processes run, each on its own.
+    """
+    if device.index is not None and device.type == "cuda":
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(f"--device {device}: several processes run, each on a card of its own; leave it at auto")
+        torch.cuda.set_device(device)
+    return device
+
+
+def use_precision(network: nn.Module, device: torch.device, mixed_precision: str) -> None:
+    """Run a network under autocast, its answers in float32, as accelerate's `prepare_model` makes it.
+
+    Not by accelerate, which knows one precision a process: another part of this one may have been first.
+    """
+    if mixed_precision in HALF:
+        halved = torch.autocast(device.type, dtype=HALF[mixed_precision])(type(network).forward)
+        network.forward = MethodType(convert_outputs_to_fp32(halved), network)
+
+
+def in_slices(rows: int, size: int, work: Callable[[slice], T]) -> list[T]:
+    """What `work` gives for slices of up to `size` rows; where the device's memory is too small, for smaller ones.
+
+    Raises:
+        torch.OutOfMemoryError: where one row is too much.
+    """
+    done: list[T] = []
+    start = 0
+    while start < rows:
+        part = slice(start, min(start + size, rows))
+        try:
+            done.append(work(part))
+        except torch.OutOfMemoryError:
+            if part.stop - part.start == 1:
+                raise
+            size = (part.stop - part.start) // 2
+        else:
+            start = part.stop
+            continue
+        release_memory()  # outside of `except`, whose traceback holds on to what was computed
+        logger.warning("out of memory with %d rows at once: going on with %d", part.stop - part.start, size)
+    return done
+
+
+def release_memory() -> None:
+    """Give back what nobody holds any more; trainings are full of cycles."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def pick_devices(names: str) -> tuple[torch.device, ...]:

@@ -24,15 +24,15 @@ from diffusers import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from dfu_mlflow.base.adapters import attach
-from dfu_mlflow.base.load import load_base, part_digest
+from dfu_mlflow.base.adapters import attach, store_frozen
+from dfu_mlflow.base.load import give_up_text_encoders, load_base, part_digest
 from dfu_mlflow.conditioning import Conditioner, encode_prompts
 from dfu_mlflow.config.schema import AdapterConfig
 from dfu_mlflow.denoising import Guidance, Solver, decode, denoise
 from dfu_mlflow.documents import read_document
 from dfu_mlflow.ema import copy_into
 from dfu_mlflow.errors import UserError
-from dfu_mlflow.runtime import generator, pick_device
+from dfu_mlflow.runtime import generator, in_slices, pick_device, use_precision
 from dfu_mlflow.types import Conditioning, Pipeline
 
 BUNDLE = "sampler.json"
@@ -236,13 +236,13 @@ class Sampler:
         """
         settings = settings or self.settings
         scales = torch.tensor(guidance_scales or [settings.guidance_scale] * len(seeds), dtype=torch.float32)
-        images = []
-        for start in range(0, len(seeds), self.batch_size):
+
+        def images_of(rows: slice) -> np.ndarray:
             if between_batches is not None:
                 between_batches()
-            rows = slice(start, start + self.batch_size)
-            images.append(_draw_batch(self, class_ids[rows], seeds[rows], settings, scales[rows], between_steps))
-        return np.concatenate(images)
+            return _draw_batch(self, class_ids[rows], seeds[rows], settings, scales[rows], between_steps)
+
+        return np.concatenate(in_slices(len(seeds), self.batch_size, images_of))
 
     @classmethod
     def load(cls, bundle: Path, device: str = "auto") -> Self:
@@ -250,6 +250,8 @@ class Sampler:
 
         Raises:
             UserError: when the folder is no bundle, or its base is not at hand.
+
+        It draws in the precision that training evaluated it in. The text encoders are given up.
         """
         facts = read_document(bundle / BUNDLE, "sampler")
         pipe = load_base(str(bundle / "base") if facts["base"]["bundled"] else facts["base"]["source"])
@@ -258,6 +260,10 @@ class Sampler:
             require_same_base(pipe, facts["base"], adapter)
         put_weights(pipe, adapter, bundle / "weights.safetensors")
         conditioner = encode_prompts(pipe, facts["prompts"], facts["negative_prompt"])
-        target = pick_device(device)
+        give_up_text_encoders(pipe)
+        target, precision = pick_device(device), str(facts.get("mixed_precision", "no"))
+        if precision == "bf16":
+            store_frozen(pipe.unet, adapter)
         pipe.to(target)
+        use_precision(pipe.unet, target, precision)
         return cls(pipe, conditioner.to(target), read_settings(bundle / BUNDLE), int(facts["batch_size"]))

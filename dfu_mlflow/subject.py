@@ -10,17 +10,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import ExifTags, Image
 
-from dfu_mlflow.base.load import load_base
+from dfu_mlflow.base.load import give_up_text_encoders, load_base
 from dfu_mlflow.checkpoint import STATE, CheckpointStore
 from dfu_mlflow.conditioning import encode_prompts
-from dfu_mlflow.config.schema import RunConfig
+from dfu_mlflow.config.schema import DataConfig, RunConfig
+from dfu_mlflow.data import evaluation_pixels
 from dfu_mlflow.data.images import load_rgb
 from dfu_mlflow.documents import read_document
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.preparation import Material, sampling_settings
 from dfu_mlflow.runtime import pick_device
 from dfu_mlflow.sampling import BUNDLE, Sampler, Settings, put_weights
+from dfu_mlflow.types import Record
 
 Weights = Literal["best", "live", "ema"]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -35,11 +38,13 @@ class Pictures:
         images: uint8 [N, H, W, 3].
         class_ids: int64 [N], positions among the photographs' classes.
         names: file of each.
+        size_px: (width, height) of the files; (0, 0) where there are none.
     """
 
     images: np.ndarray
     class_ids: torch.Tensor
     names: tuple[str, ...]
+    size_px: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,10 @@ def open_subject(source: Path, config: RunConfig, material: Material, weights: W
     if (source / "model_index.json").is_file():
         return Subject(str(source), "pipeline", _sampler(load_base(str(source)), config, material))
     if source.is_dir():
-        return Subject(str(source), "files", pictures=read_pictures(source, material.source.split.classes))
+        pictures = read_pictures(source, material.source.split.classes, config.data)
+        (width, height), side = pictures.size_px, config.data.resolution_px
+        resized = "" if (width, height) == (side, side) else f" ({width}x{height}, seen at {side}x{side})"
+        return Subject(f"{source}{resized}", "files", pictures=pictures)
     raise no_such_source(str(source))
 
 
@@ -129,30 +137,55 @@ def open_checkpoint(folder: Path, config: RunConfig, material: Material, weights
     return Subject(f"{folder} ({shown} weights)", shown, _sampler(pipe, config, material))
 
 
-def read_pictures(folder: Path, classes: Sequence[str]) -> Pictures:
-    """Every picture below `folder/CLASS/`.
+def read_pictures(folder: Path, classes: Sequence[str], data: DataConfig) -> Pictures:
+    """Every visible picture below `folder/CLASS/`, as photographs are seen: central square, `data.resolution_px`.
 
     Raises:
         UserError: for a class without a folder, a folder without pictures, files that do not decode, or pictures of
-            unlike size.
+            unlike size or smaller than photographs are seen.
     """
     missing = [label for label in classes if not (folder / label).is_dir()]
     if missing:
         needed = ", ".join(classes)
         raise UserError(f"--source {folder} has no sub-folder for class {', '.join(missing)}: needed are {needed}")
-    images, ids, names = [], [], []
-    for class_id, label in enumerate(classes):
-        files = sorted(path for path in (folder / label).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        if not files:
-            raise UserError(f"--source {folder}/{label} holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
-        images += [load_rgb(path) for path in files]
-        ids += [class_id] * len(files)
-        names += [str(path.relative_to(folder)) for path in files]
-    sizes = Counter(image.shape[:2] for image in images)
+    files = {label: _visible_pictures(folder / label) for label in classes}
+    sizes = Counter(_size(path) for paths in files.values() for path in paths)
     if len(sizes) > 1:
-        found = ", ".join(f"{count} of {width}x{height}" for (height, width), count in sizes.most_common(4))
+        found = ", ".join(f"{count} of {width}x{height}" for (width, height), count in sizes.most_common(4))
         raise UserError(f"--source {folder} holds pictures of {len(sizes)} sizes ({found}): make them one size")
-    return Pictures(np.stack(images), torch.tensor(ids), tuple(names))
+    ((width, height),) = sizes
+    if min(width, height) < data.resolution_px:
+        raise UserError(
+            f"--source {folder} holds pictures of {width}x{height}, smaller than --data.resolution_px "
+            f"{data.resolution_px}: name the resolution that they were made for"
+        )
+    records = [Record(path, label, "", "", (width, height)) for label, paths in files.items() for path in paths]
+    return Pictures(
+        images=evaluation_pixels(records, data).numpy(),
+        class_ids=torch.tensor([classes.index(record.label) for record in records]),
+        names=tuple(str(record.path.relative_to(folder)) for record in records),
+        size_px=(width, height),
+    )
+
+
+def _visible_pictures(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    visible = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    if not visible:
+        raise UserError(f"--source {folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
+    return visible
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """(width, height) as shown, from the file's head."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    except Exception:  # any: what is wrong is told by decoding it
+        height, width = load_rgb(path).shape[:2]
+        return width, height
+    return (height, width) if turned else (width, height)
 
 
 def with_settings(subject: Subject, change: Mapping[str, Any]) -> Subject:
@@ -183,6 +216,7 @@ def _open_run(folder: Path, config: RunConfig, material: Material, weights: Weig
 def _sampler(pipe: Any, config: RunConfig, material: Material) -> Sampler:
     source = material.source
     conditioner = encode_prompts(pipe, source.prompts, config.prompts.negative_prompt)
+    give_up_text_encoders(pipe)
     device = pick_device(config.device)
     pipe.to(device)
     settings = sampling_settings(config, material.train)

@@ -6,6 +6,7 @@ checkpoint, and a point that is stored already is not stored again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -47,8 +48,8 @@ NONFINITE_TAG = "metrics.nonfinite_skipped"
 CHANGED_TAG = "cfg.changed_on_resume"
 
 _SUFFIXES = "|".join(sorted((suffix[1:] for suffix in IMAGE_SUFFIXES | CAMERA_SUFFIXES), key=len, reverse=True))
-IMAGE_FILE = re.compile(rf"(?:(?<=[/\\])[^/\\,;\[\]()'\"\n]+?|[^\s/\\,;\[\]()'\"]+)\.(?:{_SUFFIXES})\b", re.IGNORECASE)
-"""Names of image files, behind a path's separator with blanks in them."""
+IMAGE_FILE = re.compile(rf"(?:(?<=[/\\])[^/\\\n]+?|[^\s/\\,;\[\]'\"]+)\.(?:{_SUFFIXES})\b", re.IGNORECASE)
+"""Names of image files; behind a path's separator everything up to the suffix, for names hold blanks and commas."""
 
 logger = logging.getLogger(__name__)
 
@@ -187,13 +188,13 @@ class Tracker:
         """Log one picture of a series that the UI shows with a slider over epochs.
 
         Args:
-            key: e.g. `samples/I`; characters that MLflow refuses become `_`.
+            key: e.g. `samples/I`; characters that MLflow refuses become `_`, and four digits keep such names apart.
             epoch: position on the slider.
             pixels: uint8 [H, W, 3].
         """
         if pixels.dtype != np.uint8:  # MLflow would rescale floats by their own extremes
             raise ValueError(f"image {key}: pixels must be uint8, not {pixels.dtype}")
-        key = re.sub(r"[^a-zA-Z0-9_\-./ ]", "_", key)
+        key = _allowed(key, r"[^a-zA-Z0-9_\-./ ]")
         name = f"{key.replace('/', '~')}+step+{epoch}"
         if name not in self._images:
             self._client.log_image(self.run_id, pixels, key=key, step=epoch)
@@ -293,16 +294,19 @@ class Tracker:
             self._client.log_batch(self.run_id, metrics=points)
 
 
-def masked(text: str) -> str:
-    """One line, at most 1,000 characters, without names of image files: they may name patients."""
-    return IMAGE_FILE.sub("[image]", " ".join(text.split()))[:1000]
+def masked(text: str | BaseException) -> str:
+    """One line, at most 1,000 characters, without names of patients: image files, what a `UserError` says is one."""
+    line = str(text)
+    for name in sorted(getattr(text, "private", ()), key=len, reverse=True):
+        line = line.replace(name, "[private]")
+    return IMAGE_FILE.sub("[image]", " ".join(line.split()))[:1000]
 
 
 def _outcome(error: BaseException) -> tuple[str, str]:
     """Status and reason of a run that an exception ends."""
     if isinstance(error, SystemExit) and error.code in (None, 0):
         return "FINISHED", "finished"
-    message = masked(str(error))
+    message = masked(error)
     if isinstance(error, Pruned):
         return "KILLED", f"pruned: {message}"
     if isinstance(error, Interrupted | KeyboardInterrupt):
@@ -318,4 +322,14 @@ def _text(value: Any, limit: int = VALUE_CHARACTERS) -> str:
 
 
 def _metric_name(name: str) -> str:
-    return re.sub(r"[^/\w.\- :]", "_", name)
+    return _allowed(name, r"[^/\w.\- :]")
+
+
+def _allowed(name: str, refused: str) -> str:
+    """A name without the characters that MLflow refuses; different names stay different."""
+
+    def allowed(part: str) -> str:
+        plain = re.sub(refused, "_", part)
+        return plain if plain == part else f"{plain}-{hashlib.sha256(part.encode()).hexdigest()[:4]}"
+
+    return "/".join(map(allowed, name.split("/")))

@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
 
+from dfu_mlflow.config.load import without_password
 from dfu_mlflow.errors import UserError
 
 RESUMES_TAG = "resumes"
@@ -32,11 +33,30 @@ def prepare_store() -> None:
 
     Several processes that open a *new* SQLite store at once crash in each other's migrations (checked with
     MLflow 3.17.2), so the first one in does it under a lock.
+
+    Raises:
+        UserError: for a store that cannot be reached.
     """
     uri = mlflow.get_tracking_uri()
     name = hashlib.sha256(f"{uri}:{Path.cwd()}:{Path.home()}".encode()).hexdigest()[:16]
     with FileLock(Path(tempfile.gettempdir()) / f"dfu-mlflow-{name}.lock"):
-        MlflowClient().search_experiments(max_results=1)
+        try:
+            MlflowClient().search_experiments(max_results=1)
+        except MlflowException as error:
+            reason = without_password(" ".join(str(error).split()))[:300]
+            raise UserError(
+                f"the tracking store {without_password(uri)} does not answer: {reason}; look at MLFLOW_TRACKING_URI"
+            ) from None
+
+
+def check_store() -> None:
+    """Ask a server whether it is there; a database in a file is made when the first run is opened.
+
+    Raises:
+        UserError: where it does not answer.
+    """
+    if mlflow.get_tracking_uri().startswith("http"):
+        prepare_store()
 
 
 def open_run(experiment: str, resumed_run_id: str | None, system_metrics: bool) -> str:

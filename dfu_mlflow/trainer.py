@@ -250,7 +250,8 @@ class Trainer:
             raise UserError(
                 f"the gradient was not finite for {self.progress.nonfinite_in_row} steps in a row, last at step "
                 f"{self.progress.step} on {', '.join(shown)}; last good checkpoint: "
-                f"{shares[0][1]}; lower --train.learning_rate or set --train.mixed_precision no"
+                f"{shares[0][1]}; lower --train.learning_rate or set --train.mixed_precision no",
+                private=shown,
             )
 
     def gradient_figures(self, batch: Batch) -> dict[str, float]:
@@ -313,16 +314,16 @@ class Trainer:
         optimizer = self.engine.state(wanted=main)
         weights = self.engine.joined(self.parts.weights, wanted=main)
         average = {} if ema is None else self.engine.joined(ema.average, wanted=main)
-        if not main:
-            return
-        state = {
-            **vars(self.progress),
-            "ema_updates": 0 if ema is None else ema.updates,
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
-            "config": self.config.model_dump(mode="json"),
-            **self.hooks.facts,
-        }
-        self.store.save(Checkpoint(weights, average, optimizer, state))
+        if main:
+            state = {
+                **vars(self.progress),
+                "ema_updates": 0 if ema is None else ema.updates,
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+                "config": self.config.model_dump(mode="json"),
+                **self.hooks.facts,
+            }
+            self.store.save(Checkpoint(weights, average, optimizer, state))
+        self.ranks.meet("the checkpoint", limited=False)  # a slow disk is no rank that hangs
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue as if never interrupted."""

@@ -10,11 +10,13 @@ from torch import nn
 from dfu_mlflow.conditioning import Conditioner
 from dfu_mlflow.objective import TIMESTEPS, Objective
 from dfu_mlflow.ranks import Ranks
-from dfu_mlflow.runtime import generator
+from dfu_mlflow.runtime import generator, in_slices
 from dfu_mlflow.types import Latents
 
 BINS = 4
-BATCH_SIZE = 64
+LATENT_PIXELS = 2**16
+"""Of latents in one forward pass: 64 pictures of 256 px, 4 of 1,024 px."""
+MAX_ROWS = 64
 NORMAL_95 = 1.96
 
 
@@ -76,14 +78,15 @@ def validation_losses(
     def losses_at(columns: slice) -> torch.Tensor:
         ranks.check()
         noise = grid.noise(columns.start)
-        rows = []
-        for start in range(0, len(noise), BATCH_SIZE):
-            part = slice(start, start + BATCH_SIZE)
+
+        def losses_of(part: slice) -> torch.Tensor:
             latents = grid.latents[part].to(device)
             steps = grid.timesteps[columns].to(device).expand(len(latents))
             piece = type(told)(told.embeddings[part], told.pooled[part], told.time_ids[part])
-            rows.append(objective.unweighted(unet, latents, noise[part].to(device), steps, piece).double().cpu())
-        return torch.cat(rows)[None]
+            return objective.unweighted(unet, latents, noise[part].to(device), steps, piece).double().cpu()
+
+        size = max(1, LATENT_PIXELS // (noise.shape[-2] * noise.shape[-1]))
+        return torch.cat(in_slices(len(noise), min(MAX_ROWS, size), losses_of))[None]
 
     return ranks.rows(len(grid.timesteps), 1, losses_at, "the validation loss").T.contiguous()
 

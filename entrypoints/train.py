@@ -30,8 +30,10 @@ def main(arguments: Sequence[str]) -> int:
 
     result = run_training(config, publish=lambda result: publish(result, config))
     if is_main_process() and config.registry.promote and config.registry.register_model:
+        from dfu_mlflow.runtime import release_memory
         from registry.promote import promote_run
 
+        release_memory()  # the gate opens models of its own
         print("\n".join(promote_run(result.run_id, config).sentences))
     return 0
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import optuna
-import torch
 from mlflow import MlflowClient
 
 from dfu_mlflow.bundle import change_settings
@@ -19,6 +17,7 @@ from dfu_mlflow.errors import Pruned, UserError
 from dfu_mlflow.evaluator import Measurement
 from dfu_mlflow.participant import TrainingResult
 from dfu_mlflow.pipeline import run_training
+from dfu_mlflow.runtime import release_memory
 from dfu_mlflow.trainer import Score
 from dfu_mlflow.training_run import TrainingRun
 from dfu_mlflow.verdict import larger_is_better
@@ -57,8 +56,7 @@ class TrainingObjective:
         finally:
             # A full checkpoint of SDXL with its optimizer is 30 GB, and a study holds many.
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            gc.collect()
-            torch.cuda.empty_cache()
+            release_memory()
         return supervisor.outcome(result)
 
 

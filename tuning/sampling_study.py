@@ -12,13 +12,13 @@ from mlflow import MlflowClient
 
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.errors import UserError
-from dfu_mlflow.evaluation_run import use_precision
 from dfu_mlflow.evaluator import Evaluator, Panel, assess, extract, flatten_reports
 from dfu_mlflow.metrics.catalogue import ALWAYS, METRICS, figure_names
 from dfu_mlflow.objective import Objective as TrainingLoss
 from dfu_mlflow.panels import build_panels
 from dfu_mlflow.preparation import Material, prepare, read_source
 from dfu_mlflow.ranks import Ranks
+from dfu_mlflow.runtime import use_precision
 from dfu_mlflow.sampling import Sampler, Settings
 from dfu_mlflow.sightings import check_subject
 from dfu_mlflow.subject import open_subject
@@ -58,7 +58,7 @@ class SamplingObjective:
         check_subject(config, material, subject)
         if subject.sampler is None:
             raise UserError(f"--tune.source {config.tune.source} is a folder of pictures: give a model that draws")
-        use_precision(config, material.device, subject.sampler.pipe)
+        use_precision(subject.sampler.pipe.unet, material.device, config.train.mixed_precision)
         self.config, self.shown, self.sampler = config, subject.shown, subject.sampler
         self.panels = build_panels(config, material)
         missing = [name for name in self.names if name in self.panels.notes]

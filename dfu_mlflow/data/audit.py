@@ -144,7 +144,7 @@ def _write_list(problems: Sequence[Problem], folder: Path) -> Path:
     writer = csv.writer(text)
     writer.writerow(["path", "kind", "reason"])
     writer.writerows([str(problem.path), problem.kind, problem.reason] for problem in problems)
-    content = text.getvalue().encode()
+    content = text.getvalue().encode(errors="surrogateescape")
     path = folder / f"audit-{hashlib.sha256(content).hexdigest()[:12]}.csv"
     make_private_folder(folder.parent)
     make_private_folder(folder)

@@ -52,10 +52,19 @@ def encode_latents(
 
 
 def encode_evaluation_latents(
-    records: Sequence[Record], config: DataConfig, cache: RowCache, encoder: LatentEncoder
+    records: Sequence[Record],
+    config: DataConfig,
+    cache: RowCache,
+    encoder: LatentEncoder,
+    classes: tuple[str, ...] | None = None,
 ) -> Latents:
-    """Latents of the one deterministic view of each record, for held-out pictures; raises as `encode_latents`."""
-    return _encode([(record, plan_evaluation_view(record, config)) for record in records], config, cache, encoder)
+    """Latents of the one deterministic view of each record, for held-out pictures; raises as `encode_latents`.
+
+    Args:
+        classes: what class ids count; None takes those of the records, which a part of a side may not all have.
+    """
+    jobs = [(record, plan_evaluation_view(record, config)) for record in records]
+    return _encode(jobs, config, cache, encoder, classes)
 
 
 def evaluation_pixels(records: Sequence[Record], config: DataConfig) -> torch.Tensor:
@@ -69,10 +78,16 @@ def evaluation_pixels(records: Sequence[Record], config: DataConfig) -> torch.Te
     return _pixels([(record, plan_evaluation_view(record, config)) for record in records])
 
 
-def _encode(jobs: Sequence[Job], config: DataConfig, cache: RowCache, encoder: LatentEncoder) -> Latents:
+def _encode(
+    jobs: Sequence[Job],
+    config: DataConfig,
+    cache: RowCache,
+    encoder: LatentEncoder,
+    classes: tuple[str, ...] | None = None,
+) -> Latents:
     if not jobs:
         raise UserError("there are no pictures to encode: look at --data.root and --data.classes")
-    classes = tuple(sorted({record.label for record, _ in jobs}))
+    classes = classes or tuple(sorted({record.label for record, _ in jobs}))
 
     def compute(positions: list[int]) -> torch.Tensor:
         batch = [jobs[position] for position in positions]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from dfu_mlflow.errors import UserError
 
@@ -18,6 +18,8 @@ DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
 def load_rgb(path: Path) -> Pixels:
     """Decode an image file: EXIF orientation applied, alpha on white, greyscale and CMYK converted, first frame only.
+
+    Colours are those of sRGB: a profile in the file (phones write Display P3, cameras Adobe RGB) is followed.
 
     Returns:
         uint8 [H, W, 3].
@@ -44,7 +46,7 @@ def decode_rgb(content: bytes, name: str) -> Pixels:
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
+    image = _in_srgb(ImageOps.exif_transpose(image))
     if image.mode in DEEP_MODES:
         return Image.fromarray(_to_8_bit(np.asarray(image))).convert("RGB")
     if image.has_transparency_data:
@@ -52,6 +54,21 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", colours.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, colours).convert("RGB")
     return image.convert("RGB")
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """What a colour profile means; one that is broken or of another kind of image is left aside, as viewers do."""
+    content = image.info.get("icc_profile")
+    if not content or image.mode not in ("RGB", "CMYK"):
+        return image
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
+        if "sRGB" in ImageCms.getProfileDescription(profile):
+            return image
+        converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
+    return converted or image
 
 
 def _to_8_bit(values: npt.NDArray[np.generic]) -> Pixels:

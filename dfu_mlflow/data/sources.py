@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -110,7 +110,11 @@ def _find_folders(root: Path, classes: tuple[str, ...] | None) -> Source:
     level = _class_level(images, classes)
     if level is None:
         lost = f": {sum(map(len, images.values()))} images lie elsewhere" if images else ""
+        kinds = sorted({problem.path.suffix.lower() for problem in unreadable})
+        lost += f"; {len(unreadable)} files ({', '.join(kinds)}) must be converted to JPEG or PNG" if kinds else ""
         raise UserError(f"--data.root {root} holds no images in root/CLASS/ or root/MODALITY/CLASS/{lost}")
+    if level == 2 and classes is None:
+        _refuse_patients_as_classes(root, images[level])
     candidates = [Candidate(path, path.parent.name, path.relative_to(root).as_posix()) for path in images[level]]
     misplaced = [
         Problem(path, "misplaced", f"lies {'above' if depth < level else 'below'} the class folders")
@@ -121,6 +125,19 @@ def _find_folders(root: Path, classes: tuple[str, ...] | None) -> Source:
     problems = (*unreadable, *misplaced)
     files = frozenset([item.path for item in candidates] + [item.path for item in problems])
     return Source(tuple(candidates), files, problems, ignored)
+
+
+def _refuse_patients_as_classes(root: Path, images: Sequence[Path]) -> None:
+    """Folders that differ from one first folder to the next are no classes of several modalities."""
+    inner: dict[str, set[str]] = {}
+    for path in images:
+        inner.setdefault(path.parent.parent.name, set()).add(path.parent.name)
+    if len({frozenset(names) for names in inner.values()}) > 1:
+        raise UserError(
+            f"--data.root {root}: are the {len(inner)} folders in it classes, each with a folder a patient, or do the "
+            "folders below them name classes? Put pictures straight into root/CLASS/ (--data.group_by finds patients "
+            "in file names), or name the classes with --data.classes"
+        )
 
 
 def _class_level(images: dict[int, list[Path]], classes: tuple[str, ...] | None) -> int | None:

@@ -64,7 +64,7 @@ def dataset_digest(split: Split) -> str:
         for side, records in (("train", split.train), ("held_out", split.held_out))
         for record in records
     ]
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:32]
+    return hashlib.sha256("\n".join(sorted(lines)).encode(errors="surrogateescape")).hexdigest()[:32]
 
 
 def _groups(records: Sequence[Record], links: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -97,7 +97,8 @@ def _refuse_lonely_classes(records: Sequence[Record], groups: dict[str, str]) ->
         )
         raise UserError(
             f"class {label} has {found}, so it cannot be in training and validation both: add patients, leave it out "
-            "with --data.classes, or check --data.group_by"
+            "with --data.classes, or check --data.group_by",
+            private=members,
         )
 
 

@@ -26,7 +26,7 @@ from dfu_mlflow.data.images import Pixels, load_rgb
 from dfu_mlflow.runtime import derive_seed
 from dfu_mlflow.types import Box, Record, View
 
-RESAMPLING = "pillow-lanczos-1"
+RESAMPLING = "pillow-lanczos-2"
 """Part of every key: change it when the same plan would give other pixels."""
 
 

@@ -26,6 +26,7 @@ from dfu_mlflow.ranks import Ranks
 from dfu_mlflow.runtime import derive_seed
 from dfu_mlflow.sampling import Sampler, Settings
 from dfu_mlflow.subject import Pictures, read_pictures
+from dfu_mlflow.tracking import masked
 from dfu_mlflow.types import Split
 from dfu_mlflow.validation import ValidationGrid, grid_rows, validation_losses
 
@@ -88,7 +89,7 @@ class Bench:
         try:
             material = prepare(self.config, read_source(self.config))
         except UserError as error:
-            raise Lacking(str(error)) from None
+            raise Lacking(masked(error)) from None
         material.pipe.to(material.device)
         return material
 
@@ -99,7 +100,7 @@ class Bench:
         try:
             return load_split(self.config.data, self.config.seed)[0]
         except UserError as error:
-            raise Lacking(str(error)) from None
+            raise Lacking(masked(error)) from None
 
     @property
     def has_base(self) -> bool:
@@ -120,7 +121,7 @@ class Bench:
         try:
             return load_base(self.config.base_model)
         except UserError as error:
-            raise Lacking(str(error)) from None
+            raise Lacking(masked(error)) from None
 
     def movement(self, shown: Shown) -> Movement:
         """How far live or averaged weights have come."""
@@ -159,9 +160,9 @@ class Bench:
         """What the run draws: the pictures that were given, else drawn from the weights it shows."""
         if self.folder is not None:
             try:
-                return read_pictures(self.folder, self.classes)
+                return read_pictures(self.folder, self.classes, self.config.data)
             except UserError as error:
-                raise Lacking(str(error)) from None
+                raise Lacking(masked(error)) from None
         ids, images = self.draw(self.sampler(self.shown))
         return Pictures(images, ids, tuple(f"seed {number}" for number in range(len(images))))
 

@@ -41,12 +41,16 @@ def matched_training_excess(generated: torch.Tensor, features: TrainingAppearanc
     ]
     real = _similarities(features.appearances, held_out.features[orders[0]])
     fake = _similarities(features.appearances, generated[orders[1]])
+    real_best, fake_best = real.amax(1), fake.amax(1)
     sides = (
-        (_positions(features.training.patients), lambda kept: _excess(real[kept], fake[kept])),
-        (_positions([held_out.patients[row] for row in orders[0].tolist()]), lambda kept: _excess(real[:, kept], fake)),
-        (torch.arange(count) % 40, lambda kept: _excess(real, fake[:, kept])),
+        (_positions(features.training.patients), lambda kept: _excess(real_best[kept], fake_best[kept])),
+        (
+            _positions([held_out.patients[row] for row in orders[0].tolist()]),
+            lambda kept: _excess(real[:, kept].amax(1), fake_best),
+        ),
+        (torch.arange(count) % 40, lambda kept: _excess(real_best, fake[:, kept].amax(1))),
     )
-    value = _excess(real, fake)
+    value = _excess(real_best, fake_best)
     parts = [_variance(groups, without) for groups, without in sides]
     return _estimate(value, [part for part in parts if part is not None], len(sides))
 
@@ -58,8 +62,8 @@ def _similarities(appearances: Sequence[torch.Tensor], others: torch.Tensor) -> 
 
 
 def _excess(real: torch.Tensor, fake: torch.Tensor) -> float:
-    threshold = real.amax(1).quantile(1 - EXPECTED)
-    return float((fake.amax(1) > threshold).double().mean()) - EXPECTED
+    """Of each training photograph's closest held-out and generated picture."""
+    return float((fake > real.quantile(1 - EXPECTED)).double().mean()) - EXPECTED
 
 
 def _variance(groups: torch.Tensor, without: Callable[[torch.Tensor], float]) -> tuple[float, int] | None:

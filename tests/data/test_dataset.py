@@ -134,6 +134,17 @@ def test_held_out_latents_and_pixels_show_the_evaluation_view(
     assert evaluation_pixels([], config).shape == (0, 32, 32, 3)
 
 
+def test_class_ids_of_a_part_count_the_classes_they_are_told(
+    records: list[Record], make_config: Callable[..., DataConfig]
+) -> None:
+    config = make_config()
+    part = [record for record in records if record.label == max(each.label for each in records)]
+    cache, classes = RowCache(config.cache_dir or Path()), ("none", *sorted({each.label for each in records}))
+    latents = encode_evaluation_latents(part, config, cache, PoolingEncoder(), classes)
+    assert latents.class_ids.tolist() == [len(classes) - 1] * len(part)
+    assert latents.classes == classes
+
+
 def test_non_finite_latents_are_refused_and_not_cached(
     records: list[Record], make_config: Callable[..., DataConfig]
 ) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from dfu_mlflow.data import load_rgb
 from dfu_mlflow.errors import UserError
@@ -110,3 +110,22 @@ def test_text_and_missing_files_are_errors(tmp_path: Path) -> None:
         load_rgb(tmp_path / "a.png")
     with pytest.raises(UserError, match="cannot be read: No such file"):
         load_rgb(tmp_path / "b.png")
+
+
+def swapped_profile() -> bytes:
+    """sRGB's own with the primaries of red and green changed over, under another name."""
+    content = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    table = range(132, 132 + 12 * int.from_bytes(content[128:132], "big"), 12)
+    entries = {bytes(content[at : at + 4]): at for at in table}
+    red, green = (slice(entries[name] + 4, entries[name] + 12) for name in (b"rXYZ", b"gXYZ"))
+    content[red], content[green] = content[green], content[red]
+    return bytes(content).replace("sRGB".encode("utf-16-be"), "mine".encode("utf-16-be"))
+
+
+@pytest.mark.parametrize(("profile", "seen"), [(swapped_profile(), 1), (b"broken", 0), (None, 0)])
+def test_a_colour_profile_is_followed_where_it_can_be(tmp_path: Path, profile: bytes | None, seen: int) -> None:
+    red = Image.new("RGB", (4, 4), (230, 20, 20))
+    red.save(tmp_path / "a.png", icc_profile=profile)
+    (pixel,) = {tuple(pixel) for pixel in load_rgb(tmp_path / "a.png").reshape(-1, 3).tolist()}
+    assert int(np.argmax(pixel)) == seen
+    assert (pixel == (230, 20, 20)) == (seen == 0)

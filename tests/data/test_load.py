@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -109,6 +110,34 @@ def test_roots_that_do_not_serve(tmp_path: Path, write_picture: WritePicture, ma
         load_split(make_config(root=None), 0)
     with pytest.raises(UserError, match=r"--data\.bounding_boxes needs photographs"):
         load_split(make_config(root="phantom", bounding_boxes=tmp_path / "boxes.csv"), 0)
+
+
+def test_folders_of_patients_are_no_classes(
+    tmp_path: Path, write_picture: WritePicture, make_config: MakeConfig
+) -> None:
+    for label, patient in (("I", "Miller"), ("I", "Smith"), ("P", "Jones")):
+        for number in range(2):
+            write_picture(tmp_path / "data" / label / patient / f"{number}.png", len(patient) * 10 + number)
+    with pytest.raises(UserError, match="are the 2 folders in it classes, each with a folder a patient"):
+        load_split(make_config(root=str(tmp_path / "data"), group_by="none"), 0)
+
+
+def test_a_folder_of_files_that_must_be_converted_says_so(tmp_path: Path, make_config: MakeConfig) -> None:
+    (tmp_path / "data" / "I").mkdir(parents=True)
+    (tmp_path / "data" / "I" / "a.heic").write_bytes(b"apple")
+    with pytest.raises(UserError, match=r"1 files \(\.heic\) must be converted to JPEG or PNG"):
+        load_split(make_config(root=str(tmp_path / "data"), group_by="none"), 0)
+
+
+def test_names_that_are_no_utf_8_are_only_names(
+    tmp_path: Path, write_picture: WritePicture, make_config: MakeConfig
+) -> None:
+    folder = tmp_path / "data" / "I"
+    for number in range(4):
+        write_picture(folder / f"{number}.png", number)
+        os.rename(folder / f"{number}.png", os.fsencode(folder) + b"/M\xfcller%d.png" % number)
+    split, _ = load_split(make_config(root=str(tmp_path / "data"), group_by="none", validation_fraction=0.5), 0)
+    assert len(dataset_digest(split)) == 32
 
 
 def test_classes_can_be_chosen_but_not_invented(clinic: Path, make_config: MakeConfig) -> None:

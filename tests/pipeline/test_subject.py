@@ -9,16 +9,21 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
+from dfu_mlflow.config.schema import DataConfig
+from dfu_mlflow.data import evaluation_pixels
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.participant import TrainingResult
 from dfu_mlflow.pipeline import run_training
 from dfu_mlflow.preparation import Material, prepare, read_source
+from dfu_mlflow.runtime import use_precision
 from dfu_mlflow.sampling import Sampler
 from dfu_mlflow.subject import Subject, Weights, local_configuration, open_subject, read_pictures, with_settings
+from dfu_mlflow.types import Record
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +60,33 @@ def test_checkpoint_run_and_bundle_draw_the_same(trained: tuple[RunConfig, Train
     assert run.shown == result.shown
     assert np.array_equal(pictures_of(run), expected)
     assert np.array_equal(pictures_of(open_subject(result.bundle, config, material)), expected)
+
+
+def test_a_bundle_draws_in_the_precision_that_it_was_evaluated_in(
+    small_config_at: Callable[[Path], RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change = {
+        "adapter": {"method": "lora", "frozen_dtype": "bfloat16"},
+        "train": {"learning_rate": 3e-2, "warmup_steps": 0, "mixed_precision": "bf16", "epochs": 1},
+    }
+    config = validate(RunConfig, merge(small_config_at(tmp_path).model_dump(mode="json"), change))
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision a process
+    try:
+        result = run_training(config)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        mlflow.set_tracking_uri(None)
+    assert result.bundle is not None
+    drawn = Sampler.load(result.bundle).draw(["I", "R"], [1, 2])
+    material = prepare(config, read_source(config))
+    run = open_subject(result.folder, config, material)
+    assert run.sampler is not None
+    in_float32 = pictures_of(run)
+    use_precision(run.sampler.pipe.unet, material.device, "bf16")  # as `evaluate` does
+    assert np.array_equal(drawn, pictures_of(run))
+    assert not np.array_equal(drawn, in_float32)
 
 
 def test_weights_are_those_asked_for(trained: tuple[RunConfig, TrainingResult], material: Material) -> None:
@@ -99,10 +131,22 @@ def test_pictures_come_with_their_classes(tmp_path: Path) -> None:
     for name in ("I/a.png", "I/deeper/b.jpg", "P/c.png"):
         write(tmp_path / name)
     (tmp_path / "I" / "manifest.csv").write_text("no picture")
-    found = read_pictures(tmp_path, ["I", "P"])
+    found = read_pictures(tmp_path, ["I", "P"], DataConfig())
     assert found.images.shape == (3, 64, 64, 3)
     assert torch.equal(found.class_ids, torch.tensor([0, 0, 1]))
     assert found.names == ("I/a.png", "I/deeper/b.jpg", "P/c.png")
+
+
+def test_pictures_of_another_size_are_seen_as_the_photographs_are(tmp_path: Path) -> None:
+    """Square from the middle, reduced by the same filter: a copy stays one."""
+    noise = np.random.default_rng(0).integers(0, 256, (96, 150, 3), dtype=np.uint8)
+    (tmp_path / "I" / ".hidden").mkdir(parents=True)
+    for name in ("I/a.png", "I/.b.png", "I/.hidden/c.png"):
+        Image.fromarray(noise).save(tmp_path / name)
+    record = Record(tmp_path / "I" / "a.png", "I", "a", "0", (150, 96))
+    found = read_pictures(tmp_path, ["I"], DataConfig())
+    assert found.names == ("I/a.png",)
+    assert np.array_equal(found.images, evaluation_pixels([record], DataConfig()).numpy())
 
 
 @pytest.mark.parametrize(
@@ -112,6 +156,7 @@ def test_pictures_come_with_their_classes(tmp_path: Path) -> None:
         ({"I/a.png": (64, 64), "P/a.txt": None}, "P holds no pictures"),
         ({"I/a.png": (64, 64), "P/a.png": (32, 48)}, "2 sizes (1 of 64x64, 1 of 32x48)"),
         ({"I/a.png": (64, 64), "P/a.png": None}, "a.png cannot be decoded"),
+        ({"I/a.png": (80, 48), "P/a.png": (80, 48)}, "of 80x48, smaller than --data.resolution_px 64"),
     ],
 )
 def test_pictures_that_cannot_be_measured_are_named(
@@ -124,7 +169,7 @@ def test_pictures_that_cannot_be_measured_are_named(
         else:
             write(tmp_path / name, size)
     with pytest.raises(UserError) as error:
-        read_pictures(tmp_path, ["I", "P"])
+        read_pictures(tmp_path, ["I", "P"], DataConfig())
     assert said in str(error.value)
 
 

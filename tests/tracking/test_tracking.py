@@ -12,8 +12,8 @@ from mlflow import MlflowClient
 
 from dfu_mlflow.config import RunConfig, flatten
 from dfu_mlflow.errors import Interrupted, UserError
-from dfu_mlflow.tracking import track
-from dfu_mlflow.tracking_store import logged_images
+from dfu_mlflow.tracking import masked, track
+from dfu_mlflow.tracking_store import check_store, logged_images
 
 pytestmark = pytest.mark.usefixtures("store")
 
@@ -106,8 +106,8 @@ def test_class_labels_that_mlflow_refuses_still_show() -> None:
     with track(CONFIG) as tracker:
         tracker.epoch(0, {"eval/Grad II (tief)/kid": 1.0})
         tracker.image("samples/Grad II (tief)", 0, np.zeros((4, 4, 3), np.uint8))
-    assert mlflow.get_run(tracker.run_id).data.metrics == {"eval/Grad II _tief_/kid": 1.0}
-    assert logged_images(MlflowClient(), tracker.run_id) == {"samples~Grad II _tief_+step+0"}
+    assert mlflow.get_run(tracker.run_id).data.metrics == {"eval/Grad II _tief_-176e/kid": 1.0}
+    assert logged_images(MlflowClient(), tracker.run_id) == {"samples~Grad II _tief_-176e+step+0"}
 
 
 def test_images_are_stored_as_given_and_floats_are_refused(tmp_path: Path) -> None:
@@ -119,6 +119,44 @@ def test_images_are_stored_as_given_and_floats_are_refused(tmp_path: Path) -> No
     folder = Path(mlflow.artifacts.download_artifacts(run_id=tracker.run_id, artifact_path="images"))
     stored = mlflow.Image(str(next(folder.glob("*.png")))).to_array()
     np.testing.assert_array_equal(stored, pixels)
+
+
+def test_pictures_of_labels_that_mlflow_cannot_write_are_kept_apart() -> None:
+    pixels = np.zeros((8, 6, 3), np.uint8)
+    with track(CONFIG) as tracker:
+        for number, label in enumerate(("炎症期", "増殖期", "成熟期", "I")):
+            tracker.image(f"samples/{label}", 1, pixels + np.uint8(number))
+    folder = Path(mlflow.artifacts.download_artifacts(run_id=tracker.run_id, artifact_path="images"))
+    shown = {int(mlflow.Image(str(path)).to_array().max()) for path in folder.glob("*.png")}
+    assert shown == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/d/I/Mueller (2).jpg cannot be decoded",
+        "lost: Mueller(1).JPG",
+        "/d/I/Mueller, Hans.jpg cannot be decoded",
+        "/d/I/O'Mueller Mary.jpeg, and others",
+        UserError("class R has one patient (Mueller_Hans)", private=["Mueller_Hans"]),
+        UserError("not finite on Mueller Hans 1.jpg, Mueller 2.jpg", private=["Mueller 2.jpg", "Mueller Hans 1.jpg"]),
+    ],
+)
+def test_no_patient_is_named_in_what_leaves_the_machine(text: str | UserError) -> None:
+    assert "Mueller" not in masked(text)
+    assert "Hans" not in masked(text)
+
+
+def test_a_store_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri("http://user:secret@127.0.0.1:9")
+    try:
+        with pytest.raises(UserError, match="does not answer") as caught:
+            check_store()
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert "secret" not in str(caught.value)
 
 
 def test_dataset_is_an_input_without_files() -> None:

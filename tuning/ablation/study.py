@@ -183,7 +183,7 @@ def train(
         with closing(str(run_id)):  # also where training ends before it has opened the run
             run_training(config, supervisor=supervisor)
     except UserError as error:
-        reason = masked(str(error))
+        reason = masked(error)
         journal.end(cell, seed, failed=reason)
         return reason
     journal.end(cell, seed, samplings=supervisor.samplings)
