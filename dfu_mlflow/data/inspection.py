@@ -27,6 +27,9 @@ NEAR_BITS = 28
 by 15 % change at most 24 bits (95th percentile 17); the closest pictures of different patients are 38 bits apart among
 960 phantoms and 56 among 810 photographs. The common 64-bit hash has no such gap: 10 bits against 2."""
 BLANK_LEVELS = 2
+MASK_LEVELS = 12
+MASK_BETWEEN = 0.02
+"""Largest share of a mask's pixels between its two levels."""
 BLOCK = 2048
 VERSION = 2
 """Of what `inspect_file` does: change it when the same file would be described otherwise."""
@@ -129,6 +132,8 @@ def inspect_file(path: Path, min_side_px: int) -> Inspection | Problem:
     image = Image.fromarray(pixels)
     if all(int(np.ptp(np.asarray(band.getextrema()))) <= BLANK_LEVELS for band in image.split()):
         return Problem(path, "blank", "one colour all over")
+    if _is_mask(pixels):
+        return Problem(path, "mask", "two levels of grey, as a segmentation has: no photograph")
     pixel_digest = hashlib.sha256(f"{width}x{height}".encode())
     pixel_digest.update(pixels.data)
     return Inspection(
@@ -137,6 +142,16 @@ def inspect_file(path: Path, min_side_px: int) -> Inspection | Problem:
         pixel_digest=pixel_digest.hexdigest(),
         difference_hash=difference_hash(image),
     )
+
+
+def _is_mask(pixels: npt.NDArray[np.uint8]) -> bool:
+    """Two levels of grey and nothing between them, but for what JPEG leaves at the edges."""
+    grey = pixels[..., 0]
+    if not (np.array_equal(grey, pixels[..., 1]) and np.array_equal(grey, pixels[..., 2])):
+        return False
+    low, high = int(grey.min()), int(grey.max())
+    between = (grey > low + MASK_LEVELS) & (grey < high - MASK_LEVELS)
+    return high - low > 4 * MASK_LEVELS and float(between.mean()) < MASK_BETWEEN
 
 
 def difference_hash(image: Image.Image) -> npt.NDArray[np.bool_]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from dfu_mlflow.config.schema import DataConfig
 from dfu_mlflow.data import Audit, dataset_digest, load_split
@@ -184,6 +184,17 @@ def test_every_kind_of_bad_file_is_reported(
     assert len(records(result)) == 11
     held_out = {item.patient for item in result[0].held_out}
     assert ("000" in held_out) == ("005" in held_out)  # they share a picture
+
+
+@pytest.mark.parametrize(("kind", "grey"), [("png", 255), ("jpg", 255), ("png", 90)])
+def test_segmentations_among_the_photographs_are_found(
+    clinic: Path, make_config: MakeConfig, kind: str, grey: int
+) -> None:
+    mask = Image.new("L", (200, 160))
+    ImageDraw.Draw(mask).ellipse((40, 30, 150, 120), fill=grey)
+    mask.save(clinic / "I" / f"mask_P001.{kind}")
+    _, audit = load_split(make_config(group_by=PATTERN, max_bad_fraction=0.5), 0)
+    assert kinds(audit) == {"mask": 1}
 
 
 def test_near_duplicates_stay_but_tie_their_patients(
