@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from dfu_mlflow.report.document import Report, Section
 
