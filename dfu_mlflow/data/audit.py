@@ -22,6 +22,7 @@ Kind = Literal[
     "misplaced",
     "too small",
     "blank",
+    "mask",
     "duplicate",
     "mislabelled",
     "no label",
