@@ -53,7 +53,7 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
         arguments: None is this process's own command line.
 
     Returns:
-        main's code; 2 after a `UserError`, 130 after `Interrupted` or Ctrl-C, each told on one line of stderr.
+        main's code; 2 after a `UserError` or where a file or folder is closed to this user, 130 after `Interrupted` or Ctrl-C, each told on one line of stderr.
         Anything else is a defect and keeps its stack trace.
     """
     # A clinic's network is closed and its runs are private: MLflow reports usage unless told not to.
@@ -63,6 +63,8 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
         return main(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
         return _end(USER_ERROR_CODE, f"error: {_line(error)}")
+    except PermissionError as error:
+        return _end(USER_ERROR_CODE, f"error: {error.filename or _line(error)}: permission denied")
     except (Interrupted, KeyboardInterrupt) as error:
         return _end(INTERRUPTED_CODE, f"interrupted: {_line(error) or 'stopped by the user'}")
     except Exception:

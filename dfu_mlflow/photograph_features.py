@@ -15,8 +15,11 @@ from dfu_mlflow.metrics.matching import FeatureRows
 from dfu_mlflow.preparation import Material
 from dfu_mlflow.types import Record
 
-BATCH_PIXELS = 64 * 64 * 64
-"""Pixels decoded at a time: 64 pictures of 64 px, one of 512 px and above."""
+MAX_BATCH = 64
+READ_PIXELS = 2**24
+"""Pixels of pictures whose files are decoded side by side: 64 of 512 px, 16 of 1,024 px."""
+RESTORED_PIXELS = 64 * 64 * 64
+"""Pixels that the autoencoder is given at a time: 64 pictures of 64 px, one of 512 px and above."""
 
 
 class Features(Protocol):
@@ -58,11 +61,15 @@ class PhotographFeatures:
             pixels = evaluation_pixels([records[position] for position in positions], self.data)
             if mirrored:
                 pixels = pixels.flip(2)
-            return self.extractor(autoencode(self.material.pipe.vae, pixels) if restore else pixels)
+            return self.extractor(self._restored(pixels) if restore else pixels)
 
         keys = [plan_evaluation_view(record, self.data).key(record) for record in records]
-        batch = max(1, BATCH_PIXELS // self.data.resolution_px**2)
+        batch = max(1, min(MAX_BATCH, READ_PIXELS // self.data.resolution_px**2))
         return self.material.cache.rows(f"{namespace}:mirrored" if mirrored else namespace, keys, compute, batch)
+
+    def _restored(self, pixels: torch.Tensor) -> torch.Tensor:
+        rows = max(1, RESTORED_PIXELS // self.data.resolution_px**2)
+        return torch.cat([autoencode(self.material.pipe.vae, part) for part in pixels.split(rows)])
 
 
 def feature_rows(records: Sequence[Record], classes: tuple[str, ...], features: torch.Tensor) -> FeatureRows:

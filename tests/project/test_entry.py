@@ -33,6 +33,7 @@ def test_split(arguments: list[str], options: dict[str, str], rest: list[str]) -
         (ConfigError(["--a: unknown", "--b: unknown"]), 2, "error: --a: unknown; --b: unknown\n"),
         (Interrupted("SIGTERM, checkpoint step-12"), 130, "interrupted: SIGTERM, checkpoint step-12\n"),
         (KeyboardInterrupt(), 130, "interrupted: stopped by the user\n"),
+        (PermissionError(13, "Permission denied", "/srv/closed"), 2, "error: /srv/closed: permission denied\n"),
     ],
 )
 def test_errors_end_in_one_line_and_a_code(
