@@ -53,8 +53,8 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
         arguments: None is this process's own command line.
 
     Returns:
-        main's code; 2 after a `UserError` or where a file or folder is closed to this user, 130 after `Interrupted` or Ctrl-C, each told on one line of stderr.
-        Anything else is a defect and keeps its stack trace.
+        main's code; 2 after a `UserError` or where a file is closed to this user, 130 after `Interrupted` or Ctrl-C,
+        each told on one line of stderr. Anything else is a defect and keeps its stack trace.
     """
     # A clinic's network is closed and its runs are private: MLflow reports usage unless told not to.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
