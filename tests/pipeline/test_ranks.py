@@ -221,7 +221,7 @@ def test_shards_skip_a_step_that_is_not_finite_and_name_all_its_photographs(
     assert pair(change, launcher) == [2, 2]
     reason = pair.run().data.tags["exit.reason"]
     assert "not finite for 2 steps in a row, last at step 3 on " in reason
-    assert reason.count("[image]") > 4, "one process has four of the step's eight"
+    assert reason.count("[private]") > 4, "one process has four of the step's eight"
     before, after = (
         load_checkpoint(next(pair.folder.glob(f"out/*/checkpoints/*{step}"))).weights for step in ("1", "2")
     )

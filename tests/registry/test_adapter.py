@@ -46,7 +46,7 @@ def test_the_flavors_pipeline_is_the_samplers(use_dora: bool, run_id: str, tmp_p
     loaded = mlflow.diffusers.load_model(tags[ADAPTER_TAG])
     assert Path(loaded.base_model).is_absolute()
     pipe, own = loaded.load_pipeline(device="cpu"), Sampler.load(bundle, "cpu").pipe
-    told = {"text_embeds": torch.randn(1, own.text_encoder_2.config.projection_dim), "time_ids": torch.ones(1, 6) * 64}
+    told = {"text_embeds": torch.randn(1, pipe.text_encoder_2.config.projection_dim), "time_ids": torch.ones(1, 6) * 64}
     given = torch.randn(1, 4, 16, 16), 500, torch.randn(1, 77, own.unet.config.cross_attention_dim)
     with torch.no_grad():
         base, found, expected = (
