@@ -6,12 +6,13 @@ import hashlib
 import logging
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import mlflow
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.entities import Experiment
+from mlflow.entities import Experiment, RunTag
 from mlflow.exceptions import MlflowException
 
 from dfu_mlflow.config.load import without_password
@@ -57,6 +58,15 @@ def check_store() -> None:
     """
     if mlflow.get_tracking_uri().startswith("http"):
         prepare_store()
+
+
+def set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, object]) -> None:
+    """Set tags of a run that other processes may be writing to as well.
+
+    MLflow's `set_tag` looks before it inserts, and of two processes that set the same new tag at once one is refused
+    (PostgreSQL, MLflow 3.17.2); a batch is tried again by MLflow itself.
+    """
+    client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
 
 
 def open_run(experiment: str, resumed_run_id: str | None, system_metrics: bool) -> str:

@@ -31,7 +31,7 @@ from dfu_mlflow.errors import UserError
 from dfu_mlflow.report.render import render, render_section, with_section
 from dfu_mlflow.subject import CHECKPOINTS, local_configuration
 from dfu_mlflow.tracking import HEARTBEAT_TAG, IMAGE_FILE
-from dfu_mlflow.tracking_store import logged_points
+from dfu_mlflow.tracking_store import logged_points, set_tags
 from registry.source import RUN_ID, read_text, run_configuration
 
 OUTPUT_DIR = Path("outputs/diagnose")
@@ -319,6 +319,5 @@ def _write(name: str, diagnosis: Diagnosis, options: DiagnoseOptions, folder: Pa
         if place == FINDINGS:
             report = read_text(run_id, REPORT)
             client.log_text(run_id, html if report is None else with_section(report, section), REPORT)
-            for key, value in finding_tags(diagnosis).items():
-                client.set_tag(run_id, key, value)
+            set_tags(client, run_id, finding_tags(diagnosis))
     return [folder / file for file in written]

@@ -13,7 +13,7 @@ from mlflow.entities import Run
 from optuna.trial import TrialState
 
 from dfu_mlflow.tracking import REASON_TAG, masked
-from dfu_mlflow.tracking_store import NAME_TAG, PARENT_TAG, experiment_id, prepare_store
+from dfu_mlflow.tracking_store import NAME_TAG, PARENT_TAG, experiment_id, prepare_store, set_tags
 
 RUN_ATTRIBUTE = "mlflow_run_id"
 """Of the study (its parent run) and of each trial (its nested run)."""
@@ -57,9 +57,8 @@ class StudyRuns:
     def close_trial(self, run_id: str, state: TrialState, reason: str) -> None:
         """End a nested run as its trial ended; one that has ended keeps its status and its reason."""
         run = self.client.get_run(run_id)
-        self.client.set_tag(run_id, STATE_TAG, state.name)
-        if REASON_TAG not in run.data.tags:
-            self.client.set_tag(run_id, REASON_TAG, masked(reason))
+        kept = run.data.tags.get(REASON_TAG, masked(reason))
+        set_tags(self.client, run_id, {STATE_TAG: state.name, REASON_TAG: kept})
         if run.info.status == "RUNNING":
             self.client.set_terminated(run_id, STATUS[state])
 
@@ -84,8 +83,7 @@ class StudyRuns:
     def describe(self, config: str, facts: Mapping[str, Any]) -> None:
         """Say what the study is: its configuration, and what it runs on."""
         self.client.log_text(self.parent_id, config, CONFIG)
-        for key, value in facts.items():
-            self.client.set_tag(self.parent_id, key, value)
+        set_tags(self.client, self.parent_id, facts)
 
     def close_again(self, study: optuna.Study) -> None:
         """End the study's run as it was ended before: who joins a study that is over opens it once more."""
@@ -96,7 +94,7 @@ class StudyRuns:
 
     def close(self, status: str, reason: str) -> None:
         """End the study's own run."""
-        self.client.set_tag(self.parent_id, REASON_TAG, masked(reason))
+        set_tags(self.client, self.parent_id, {REASON_TAG: masked(reason)})
         self.client.set_terminated(self.parent_id, status)
 
 
@@ -114,13 +112,11 @@ def open_runs(study: optuna.Study, created: bool, experiment: str) -> StudyRuns:
         time.sleep(0.5)
     if RUN_ATTRIBUTE not in study.user_attrs:
         run_id = given or str(client.create_run(experiment_id(experiment)).info.run_id)
-        for key, value in {NAME_TAG: study.study_name, STUDY_TAG: study.study_name}.items():
-            client.set_tag(run_id, key, value)
+        set_tags(client, run_id, {NAME_TAG: study.study_name, STUDY_TAG: study.study_name})
         study.set_user_attr(RUN_ATTRIBUTE, run_id)
         return StudyRuns(study.study_name, run_id)
     run_id = str(study.user_attrs[RUN_ATTRIBUTE])
     if given not in (None, run_id):
-        for key, value in {PARENT_TAG: run_id, NAME_TAG: f"worker of {study.study_name}"}.items():
-            client.set_tag(given, key, value)
+        set_tags(client, given, {PARENT_TAG: run_id, NAME_TAG: f"worker of {study.study_name}"})
     client.update_run(run_id, status="RUNNING")
     return StudyRuns(study.study_name, run_id)

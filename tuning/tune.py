@@ -16,6 +16,7 @@ from dfu_mlflow.interrupt import StopRequest
 from dfu_mlflow.participant import TrainingResult
 from dfu_mlflow.preparation import read_source
 from dfu_mlflow.runtime import provenance
+from dfu_mlflow.tracking_store import set_tags
 from registry.aliases import GATE_TAG, version_at
 from registry.promote import PromoteOptions, promote, registered_version
 from registry.publish import publish
@@ -128,14 +129,14 @@ def conclude(config: RunConfig, worker: Worker, names: tuple[str, ...], said: li
     runs.client.log_text(runs.parent_id, "\n".join(said) + "\n", "summary.txt")
     best = best_trials(study)
     for trial in best[:1]:
-        runs.client.set_tag(runs.parent_id, "best.trial", str(trial.number))
+        set_tags(runs.client, runs.parent_id, {"best.trial": trial.number})
         for number, name in enumerate(names):
             runs.client.log_metric(runs.parent_id, f"best/{name}", trial.values[number])
     version: str | None = None
     if best and config.registry.register_model:
         training = config.tune.kind == "training"
         version = register(config, best[0]) if training else register_winner(config, study, best[0], names)
-    runs.client.set_tag(runs.parent_id, VERSION_TAG, version or "")
+    set_tags(runs.client, runs.parent_id, {VERSION_TAG: version or ""})
     runs.close("FINISHED" if best else "FAILED", "finished" if best else "no trial has a figure")
 
 

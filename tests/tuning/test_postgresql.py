@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -31,6 +31,7 @@ from dfu_mlflow.config.prompts import MINIMAL
 from dfu_mlflow.config.tuning import TuneConfig
 from dfu_mlflow.preparation import prepare, read_source
 from dfu_mlflow.sampling import Settings
+from dfu_mlflow.tracking_store import set_tags
 from tuning.claims import give_up_dead, open_database, retry
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")]
@@ -120,12 +121,27 @@ def source(
     return write_bundle(folder / "bundle", config, BundleSource(folder / "weights", prompts, settings, "live")), config
 
 
-def running_by(study: optuna.Study, process: BaseProcess) -> FrozenTrial | None:
-    """The trial that a process has begun and not ended."""
+def running_by(study: optuna.Study, processes: Sequence[BaseProcess]) -> Iterator[tuple[FrozenTrial, BaseProcess]]:
+    """Trials that a process has begun and not ended, and which process that is."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if f":{process.pid}:" in trial.user_attrs.get("worker", ""):
-            return trial
-    return None
+        for process in processes:
+            if f":{process.pid}:" in trial.user_attrs.get("worker", ""):
+                yield trial, process
+
+
+def test_workers_may_set_the_same_new_tags_at_once(servers: Servers) -> None:
+    client = MlflowClient(servers.mlflow)
+    runs = [client.create_run("0").info.run_id for _ in range(12)]
+    together = threading.Barrier(4)
+
+    def write(number: int) -> None:
+        for run_id in runs:
+            together.wait(60)
+            set_tags(client, run_id, {"git.revision": "abc", "worker": number})
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(write, range(4)))
+    assert {client.get_run(run_id).data.tags["git.revision"] for run_id in runs} == {"abc"}
 
 
 def test_a_lost_trial_is_queued_again_once_by_processes_that_find_it_together(servers: Servers) -> None:
@@ -172,21 +188,27 @@ def test_a_killed_workers_trial_is_retried_and_the_budget_is_exact(
 
     wait_for(known, 120, "no worker made the study")
     study = optuna.load_study(study_name="shared", storage=storage)
-    victim: list[FrozenTrial] = []
-    wait_for(lambda: bool(victim.append(t) or True) if (t := running_by(study, workers[0])) else False, 120, "idle")
-    os.kill(workers[0].pid or 0, signal.SIGKILL)
+    running: list[tuple[FrozenTrial, BaseProcess]] = []
+
+    def seen() -> bool:
+        running.extend(running_by(study, workers))
+        return bool(running)
+
+    wait_for(seen, 120, "no worker began a trial")
+    victim, killed = running[0]
+    os.kill(killed.pid or 0, signal.SIGKILL)
     for worker in workers:
         worker.join(170)
-    assert [worker.exitcode for worker in workers] == [-signal.SIGKILL, 0, 0, 0]
+    assert {worker.exitcode for worker in workers if worker is not killed} == {0}
 
     trials = study.trials
     retries = [trial for trial in trials if trial.system_attrs.get("retry_history")]
     originals = [trial for trial in trials if trial not in retries and trial.state != TrialState.WAITING]
     assert len(originals) == TRIALS
-    assert [trial.number for trial in originals if trial.state != TrialState.COMPLETE] == [victim[0].number]
-    assert [trial.system_attrs["failed_trial"] for trial in retries] == [victim[0].number]
+    assert [trial.number for trial in originals if trial.state != TrialState.COMPLETE] == [victim.number]
+    assert [trial.system_attrs["failed_trial"] for trial in retries] == [victim.number]
     assert retries[0].state == TrialState.COMPLETE
-    assert {**retries[0].params, **victim[0].params} == retries[0].params
+    assert {**retries[0].params, **victim.params} == retries[0].params
 
     mlflow.set_tracking_uri(servers.mlflow)
     try:
@@ -200,6 +222,6 @@ def test_a_killed_workers_trial_is_retried_and_the_budget_is_exact(
         mlflow.set_tracking_uri(None)
     assert parent.info.status == "FINISHED"
     assert len(runs) == TRIALS + 2, "the study, its trials and the retry"
-    assert statuses.pop(victim[0].number) == "FAILED"
+    assert statuses.pop(victim.number) == "FAILED"
     assert set(statuses.values()) == {"FINISHED"}
     assert len({trial.user_attrs["worker"] for trial in originals}) == 4

@@ -22,7 +22,7 @@ from dfu_mlflow.pipeline import run_training
 from dfu_mlflow.preparation import read_source
 from dfu_mlflow.runtime import provenance
 from dfu_mlflow.tracking import REASON_TAG, masked
-from dfu_mlflow.tracking_store import NAME_TAG, PARENT_TAG, experiment_id, prepare_store
+from dfu_mlflow.tracking_store import NAME_TAG, PARENT_TAG, experiment_id, prepare_store, set_tags
 from dfu_mlflow.verdict import larger_is_better
 from tuning.ablation.design import Cell
 from tuning.ablation.effects import Effect, effects, verdict
@@ -129,8 +129,7 @@ def open_parent(name: str, config: RunConfig, plan: Plan, journal: Journal) -> s
         parent = given or str(client.create_run(experiment_id(config.tracking.experiment)).info.run_id)
         journal.content["parent"] = parent
         journal.save()
-        for key, value in ({NAME_TAG: f"study {name}"} | provenance()).items():
-            client.set_tag(parent, key, value)
+        set_tags(client, parent, {NAME_TAG: f"study {name}"} | provenance())
         client.log_text(parent, dump_yaml(plan), "plan.yaml")
         client.log_text(parent, dump_yaml(config), "config.yaml")
     elif given not in (None, parent):
