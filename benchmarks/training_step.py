@@ -1,12 +1,13 @@
 """Our training step beside that of diffusers' own script, which is given by its path and runs as it is.
 
     python -m benchmarks.training_step --diffusers-script train_text_to_image_sdxl.py [--python-path FOLDER]
-        [--method full|lora] [--case tiny|real_width] [--workers 0 4]
+        [--method full|lora] [--case tiny|real_width] [--workers 0 4] [--compile]
 
 Both train the same base on the same files with the same batch, steps, precision and optimizer, in turns; ours is
 `entrypoints.train` with all that it logs. Of the script's loader settings the fastest counts. `tiny` is the embedded
 base at 64 px; `real_width` has a small UNet with embeddings of 77 x 2,048, an 8x autoencoder and photographs of 1 to
-1.5 megapixel. Processor times stand beside the wall clock, because they hold on a machine that others use too.
+1.5 megapixel. Processor times stand beside the wall clock, because they hold on a machine that others use too. Where
+tensorboard is absent the script tracks nothing: for memory it runs once more, logging to MLflow as ours does.
 The script needs the package `datasets`: `--python-path` names a folder that has it, for the script alone.
 """
 
@@ -71,14 +72,19 @@ class Bench:
     folder: Path
     options: argparse.Namespace
 
-    def ours(self, turn: int) -> Measured:
+    @property
+    def store(self) -> str:
+        """Where runs are tracked."""
+        return f"sqlite:///{self.folder}/mlflow.db"
+
+    def ours(self, turn: int, compiled: bool = False) -> Measured:
         """`entrypoints.train`; the first turn fills the cache."""
         resolution_px = RESOLUTION_PX[self.options.case]
         flags = {
             "config": "tiny",
             "base_model": self.folder / "base",
             "device": "cpu",
-            "output_dir": self.folder / f"ours-{turn}",
+            "output_dir": self.folder / f"ours-{turn}-{compiled}",
             "data.root": self.folder / "photographs",
             "data.group_by": r"^P(\d+)",
             "data.cache_dir": self.folder / "cache",
@@ -92,6 +98,7 @@ class Bench:
             "train.learning_rate": 1e-5,
             "train.lr_schedule": "constant",
             "train.warmup_steps": 0,
+            "train.compile": compiled,
             "ema.enabled": "false",
             "evaluation.samples": 12,
             "evaluation.grid_per_class": 1,
@@ -103,11 +110,16 @@ class Bench:
             "registry.register_model": "false",
         }
         arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-        store = f"sqlite:///{self.folder}/mlflow.db"
-        return self.run(["-m", "entrypoints.train", *arguments], {"PYTHONPATH": ROOT, "MLFLOW_TRACKING_URI": store})
+        environment = {"PYTHONPATH": ROOT, "MLFLOW_TRACKING_URI": self.store}
+        return self.run(["-m", "entrypoints.train", *arguments], environment)
 
-    def theirs(self, turn: int, workers: int) -> Measured:
-        """The script; another output folder makes it encode anew, as any change of its arguments does."""
+    def theirs(self, turn: int, workers: int, tracked: bool = False) -> Measured:
+        """The script; another output folder makes it encode anew, as any change of its arguments does.
+
+        Args:
+            turn, workers: of the bench, and of its loader.
+            tracked: let it log to MLflow as ours does, through accelerate's own tracker.
+        """
         flags = {
             "pretrained_model_name_or_path": self.folder / "base",
             "train_data_dir": self.folder / "photographs",
@@ -122,12 +134,14 @@ class Bench:
             "dataloader_num_workers": workers,
             "seed": 0,
             "cache_dir": self.folder / "datasets",
-            "output_dir": self.folder / f"theirs-{turn}-{workers}",
+            "output_dir": self.folder / f"theirs-{turn}-{workers}-{tracked}",
+            "report_to": "mlflow" if tracked else "tensorboard",  # its default
         }
         if self.options.method == "lora":
             flags["rank"] = 4
         arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
         environment = {"PYTHONPATH": self.options.python_path or "", "HF_HOME": self.folder / "hub"}
+        environment["MLFLOW_TRACKING_URI"] = self.store
         return self.run([str(self.options.diffusers_script), *arguments, "--center_crop"], environment)
 
     def run(self, program: Sequence[str], environment: dict[str, object]) -> Measured:
@@ -207,6 +221,8 @@ def compare(bench: Bench) -> bool:
         for workers, run in runs.items():
             print(line(f"script, turn {turn}, {workers} workers", run), flush=True)
         theirs.append(runs)
+    tracked = bench.theirs(0, 0, tracked=True)
+    print(line("script, 0 workers, in MLflow", tracked), flush=True)
     best = [min(runs.values(), key=lambda run: run.step_s) for runs in theirs]
     wall = statistics.median(mine.step_s / other.step_s for mine, other in zip(ours, best, strict=True))
     alone = [runs[min(runs)] for runs in theirs]  # workers' own processor time is not counted
@@ -214,10 +230,17 @@ def compare(bench: Bench) -> bool:
     bar = STEP_BARS[options.case]
     good = [wall <= bar]
     print(f"step time: {wall:.2f} of the script's (at most {bar} wanted) {said(good[-1])}; processor time {cpu:.2f}")
-    lowest = min(run.peak_mib for runs in theirs for run in runs.values())
-    memory = max(mine.peak_mib for mine in ours) / lowest
+    lowest, highest = min(run.peak_mib for runs in theirs for run in runs.values()), max(run.peak_mib for run in ours)
+    memory = highest / lowest
     good.append(memory <= MEMORY_BAR)
-    print(f"peak resident memory: {memory:.2f} of the script's (at most {MEMORY_BAR:g} wanted) {said(good[-1])}")
+    print(
+        f"peak resident memory: {memory:.2f} of the script's (at most {MEMORY_BAR:g} wanted) {said(good[-1])}; "
+        f"{highest / tracked.peak_mib:.2f} where it logs to MLflow too"
+    )
+    if options.compile:
+        one = bench.ours(options.turns, compiled=True)
+        print(line("ours, compiled", one), flush=True)
+        print(f"compiled: {one.step_s / statistics.median(run.step_s for run in ours):.2f} of the plain step's time")
     warm_s, script_s = ours[-1].setup_s, best[-1].setup_s
     print(f"start to first step: cold {ours[0].setup_s:.1f} s, warm {warm_s:.1f} s; script {script_s:.1f} s")
     if best[-1].encoding_s:
@@ -253,6 +276,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--method", choices=("full", "lora"), default="full")
     parser.add_argument("--case", choices=tuple(STEP_BARS), default="tiny")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 4])
+    parser.add_argument("--compile", action="store_true", help="ours once more, with train.compile")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.data import epoch_order
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.objective import draw
+from dfu_mlflow.runtime import move
 from dfu_mlflow.types import Batch, Latents
 
 
@@ -77,6 +79,23 @@ class Batches:
             names=tuple(source.names[row] for row in rows),
             draws=draws,
         )
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """What the step reads of a batch, moved as `runtime.move` does."""
+    draws = batch.draws
+    return replace(
+        batch,
+        latents=move(batch.latents, device),
+        class_ids=move(batch.class_ids, device),
+        time_ids=move(batch.time_ids, device),
+        draws=replace(
+            draws,
+            dropped=move(draws.dropped, device),
+            timesteps=move(draws.timesteps, device),
+            noise=move(draws.noise, device),
+        ),
+    )
 
 
 def steps_per_epoch(config: RunConfig, rows: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -47,6 +48,8 @@ class Engine:
         self.train = config.train
         self._settle(unet)
         self.unet, self.optimizer = accelerator.prepare(unet, optimizer)
+        if config.train.compile:
+            self.unet = torch.compile(self.unet)  # evaluation calls the network itself, which stays as it is
 
     def _settle(self, unet: nn.Module) -> None:
         """What has to be said before the network is prepared."""
@@ -225,6 +228,10 @@ def check_launch(train: TrainConfig, processes: int = 1) -> None:
             f"--train.fused_backward steps before processes could average their gradients, and {processes} run: start "
             "it without a launcher, or set --train.fused_backward false"
         )
+    if train.compile and shards:
+        raise UserError(f"--train.compile is not tried with shards: --launch {shards} needs --train.compile false")
+    if train.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise UserError("--train.compile needs a C++ compiler: install g++, or name one in CXX")
     if shards and (train.optimizer != "adamw" or train.mixed_precision == "fp16"):
         raise UserError(
             f"--launch {shards} shards AdamW in float32 or bf16: --train.optimizer {train.optimizer} with "

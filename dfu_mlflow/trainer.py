@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from dfu_mlflow.base.adapters import Weights
-from dfu_mlflow.batches import Batches
+from dfu_mlflow.batches import Batches, on_device
 from dfu_mlflow.checkpoint import Checkpoint, CheckpointStore, checkpoint_name
 from dfu_mlflow.conditioning import Conditioner
 from dfu_mlflow.config.schema import RunConfig
@@ -28,7 +28,7 @@ from dfu_mlflow.fused import BackwardOptimizer
 from dfu_mlflow.objective import LossTerms, Objective
 from dfu_mlflow.perceptual import gradient_shares
 from dfu_mlflow.ranks import Ranks
-from dfu_mlflow.runtime import derive_seed, move
+from dfu_mlflow.runtime import derive_seed
 from dfu_mlflow.schedules import lr_factor
 from dfu_mlflow.types import Batch
 
@@ -140,6 +140,8 @@ class Trainer:
         self.accelerator = accelerator
         self.ranks = ranks or Ranks()
         self.progress = Progress()
+        self.ahead: tuple[tuple[int, int], list[Batch]] | None = None
+        """Epoch, position and micro-batches of a step that were read before its turn."""
         self.engine = build_engine(accelerator, parts.unet, parts.weights, parts.optimizer, config)
         self.unet, self.optimizer = self.engine.unet, self.engine.optimizer
         if parts.ema is not None:
@@ -186,9 +188,11 @@ class Trainer:
         """One optimizer update, the `position`-th of its epoch."""
         started = time.perf_counter()
         rate = self.set_learning_rate()
-        batches = list(self.parts.batches.of_step(self.progress.epoch, position))
+        batches = self.batches(position)
         figures = self.gradient_figures(batches[0]) if position == 0 else {}
         queued = [self.forward_backward(batch, last=batch is batches[-1]) for batch in batches]
+        if position + 1 < self.steps_per_epoch:
+            self.fetch(position + 1)  # while the device computes
         norm = self.update()  # the step's one wait for the device: what was queued before has arrived as well
         losses = [{key: float(value) for key, value in loss.items()} for loss in queued]
         seconds = time.perf_counter() - started
@@ -199,6 +203,19 @@ class Trainer:
             step_figures = {"step/loss": figures["loss"], "step/grad_norm": norm, "step/lr": rate}
             images = sum(map(len, batches)) * self.ranks.count
             self.hooks.on_step(self.progress.step, step_figures | {"step/images_per_s": images / seconds})
+
+    def batches(self, position: int) -> list[Batch]:
+        """This rank's micro-batches of the `position`-th step of the epoch, on the device."""
+        if self.ahead is None or self.ahead[0] != (self.progress.epoch, position):
+            self.fetch(position)
+        assert self.ahead is not None
+        return self.ahead[1]
+
+    def fetch(self, position: int) -> None:
+        """Read a step's micro-batches, and queue their way to the device."""
+        drawn = self.parts.batches.of_step(self.progress.epoch, position)
+        batches = [on_device(batch, self.accelerator.device) for batch in drawn]
+        self.ahead = (self.progress.epoch, position), batches
 
     def forward_backward(self, batch: Batch, last: bool) -> dict[str, torch.Tensor]:
         """Accumulate the gradient of one micro-batch; returns its mean losses, on their way to the CPU."""
@@ -214,13 +231,11 @@ class Trainer:
 
     def losses(self, batch: Batch, network: nn.Module) -> LossTerms:
         """Loss terms of a micro-batch, each [B], of the UNet as the engine holds it or bare."""
-        device, draws = self.accelerator.device, batch.draws
+        draws = batch.draws
         torch.manual_seed(derive_seed(self.config.seed, "layers", batch.sample_ids[0]))  # for adapters' dropout
         told = self.parts.conditioner.training(batch.class_ids, draws.dropped, batch.time_ids)
         with self.engine.autocast():
-            return self.parts.objective(
-                network, move(batch.latents, device), move(draws.noise, device), move(draws.timesteps, device), told
-            )
+            return self.parts.objective(network, batch.latents, draws.noise, draws.timesteps, told)
 
     def update(self) -> float:
         """Clip, step, average; a non-finite gradient skips the step. Returns the gradient norm before clipping."""

@@ -141,6 +141,8 @@ class TrainConfig(Section):
     fused_backward: bool = False
     """Step each weight inside the backward pass and free its gradient at once: no memory for gradients."""
     gradient_checkpointing: bool = False
+    compile: bool = False
+    """`torch.compile` the training step's network: minutes at the start, faster steps; needs a C++ compiler."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     max_nonfinite_steps: Positive = 5
     """Steps in a row with a non-finite loss or gradient after which the run stops; each is skipped and counted."""
@@ -151,6 +153,11 @@ class TrainConfig(Section):
     def _consistent(self) -> Self:
         if not self.fused_backward:
             return self
+        if self.compile:
+            raise ValueError(
+                "train.compile hands over all gradients at once, after the backward pass, and train.fused_backward "
+                "exists to hold none of them: use one of the two"
+            )
         if self.gradient_accumulation_steps > 1:
             raise ValueError(
                 "train.fused_backward steps at every backward pass and keeps no gradient to add to: it needs "

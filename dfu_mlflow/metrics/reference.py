@@ -10,9 +10,9 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
-from sklearn.pipeline import Pipeline
 
 from dfu_mlflow import runtime
 from dfu_mlflow.errors import UserError
@@ -30,6 +30,9 @@ from dfu_mlflow.metrics.matching import FeatureRows, matched_rows, proportional_
 from dfu_mlflow.metrics.metric import Better, Metric
 from dfu_mlflow.metrics.pair import Pair, generated_rows
 from dfu_mlflow.types import Estimate, EvalReport
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
 
 PROTOCOL = 2
 """Raised by whoever changes what a figure means. 2: a floor's range allows for draws that overlap."""

@@ -135,6 +135,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(build: Build) -> None:
     trainer.train_step(0)
     batches = trainer.parts.batches
     batches.latents = replace(batches.latents, moments=torch.full(batches.latents.moments.shape, float("nan")))
+    trainer.ahead = None
     before = state(trainer)
     trainer.train_step(1)
     assert_same(before, state(trainer))
@@ -179,6 +180,7 @@ def test_gradients_of_other_backward_passes_step_nothing(build: Build) -> None:
         ({"gradient_accumulation_steps": 2}, "it needs --train.gradient_accumulation_steps 1, not 2"),
         ({"max_grad_norm": 1.0}, "it needs --train.max_grad_norm null, not 1"),
         ({"mixed_precision": "fp16"}, "it needs --train.mixed_precision bf16 or no"),
+        ({"compile": True}, "use one of the two"),
     ],
 )
 def test_what_needs_every_gradient_at_once_is_refused(change: dict[str, Any], message: str) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dfu_mlflow.pipeline import build_parts
 from dfu_mlflow.preparation import Material, prepare, read_source, sampling_settings
 from dfu_mlflow.sampling import Sampler
 from dfu_mlflow.trainer import Hooks, Trainer
+from dfu_mlflow.types import Batch
 
 Change = dict[str, Any]
 
@@ -73,6 +75,43 @@ def test_micro_batches_equal_the_full_batch(small_config: RunConfig, tmp_path: P
     worst = max(float((a - b).abs().max()) for a, b in zip(clones(full).values(), clones(micro).values(), strict=True))
     # Adam turns a rounding difference of the gradient near zero into a difference of at most the step size.
     assert worst < 2e-5
+
+
+def test_each_step_is_read_once_and_before_its_turn(small_config: RunConfig, tmp_path: Path) -> None:
+    config = changed(small_config, {"train": {"epochs": 2, "steps_per_epoch": 3, "batch_size": 2}})
+    read: list[tuple[int, int, int]] = []
+    trainer = build(config, tmp_path)
+    of_step = trainer.parts.batches.of_step
+
+    def noted(epoch: int, position: int) -> Iterator[Batch]:
+        read.append((epoch, position, trainer.progress.step))
+        return of_step(epoch, position)
+
+    trainer.parts.batches.of_step = noted  # type: ignore[method-assign]
+    trainer.fit()
+    assert read == [(1, 0, 0), (1, 1, 0), (1, 2, 1), (2, 0, 3), (2, 1, 3), (2, 2, 4)]
+
+
+def test_a_compiled_step_learns_what_a_plain_one_does(
+    small_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Graphs are captured and differentiated as always; what is left out is two minutes of g++.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    train = {"epochs": 1, "steps_per_epoch": 3, "batch_size": 2}
+    plain, compiled = (
+        build(changed(small_config, {"train": {**train, "compile": chosen}}), tmp_path / str(chosen))
+        for chosen in (False, True)
+    )
+    start = clones(plain)
+    for trainer in (plain, compiled):
+        trainer.fit()
+    assert type(compiled.unet) is not type(plain.unet)
+    assert set(compiled.parts.weights) == set(plain.parts.weights), "checkpoints are the same"
+    a, b = clones(plain), clones(compiled)
+    moved = max(float((a[name] - start[name]).abs().max()) for name in a)
+    # Adam turns a rounding difference of the gradient near zero into a difference of at most the step size.
+    typical = float(torch.cat([(a[name] - b[name]).abs().flatten() for name in a]).quantile(0.99))
+    assert typical < 1e-3 * moved
 
 
 def test_text_encoders_are_given_up_and_pictures_stay_the_same(small_config: RunConfig) -> None:

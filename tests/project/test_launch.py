@@ -66,3 +66,15 @@ def test_what_cannot_be_sharded_is_refused_before_the_run(
     train = small_config.train.model_copy(update={"optimizer": "adafactor"})
     with pytest.raises(UserError, match=r"--train.optimizer adafactor .* needs --launch ddp"):
         check_launch(train)
+
+
+def test_compiling_is_refused_with_shards_and_without_a_compiler(
+    small_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = small_config.train.model_copy(update={"compile": True})
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"--train.compile needs a C\+\+ compiler"):
+        check_launch(train)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match=r"--launch fsdp2 needs --train\.compile false"):
+        check_launch(train)
