@@ -93,9 +93,24 @@ class CheckpointStore:
         file = self.folder / "best.json"
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
+    def go_back(self, step: int) -> bool:
+        """Training goes on from this step: is the best checkpoint one that it comes from?
+
+        One that was written after it stands no longer for the run, and is dropped in its turn.
+        """
+        best = self.best()
+        if best is not None and str(best["checkpoint"]) <= checkpoint_name(step):
+            return True
+        (self.folder / "best.json").unlink(missing_ok=True)
+        return False
+
     def complete(self) -> list[Path]:
-        """Checkpoints that were written to the end, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*") if (path / STATE).is_file())
+        """Checkpoints that were written to the end, oldest first.
+
+        Not by their step: a run that went back to its best checkpoint writes lower ones than those it left.
+        """
+        written = [path for path in self.folder.glob("step-*") if (path / STATE).is_file()]
+        return sorted(written, key=lambda path: ((path / STATE).stat().st_mtime_ns, path.name))
 
     def rotate(self) -> None:
         """Drop all but the newest `keep_last` and the best one, and what an interrupted write left behind."""

@@ -99,13 +99,16 @@ class Participant:
         self.evaluator = Evaluator(
             self.material, self.parts.objective, self.settings, self.panels.panels, config.evaluation, ranks
         )
-        hooks = Hooks(self.evaluate, self.on_step, self.before_checkpoint, self.asked_to_stop, facts)
+        hooks = Hooks(self.evaluate, self.on_step, self.before_checkpoint, self.asked_to_stop, facts, self.passed)
         store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep_last)
         accelerator = build_accelerator(self.material.device, config.train.mixed_precision)
         self.trainer = Trainer(self.parts, config, store, hooks, accelerator, ranks)
 
     def on_step(self, step: int, figures: dict[str, float]) -> None:
         """A step is done."""
+
+    def passed(self, epoch: int, training: dict[str, float]) -> None:
+        """An epoch is done that is not evaluated."""
 
     def before_checkpoint(self) -> None:
         """A checkpoint is about to be written."""

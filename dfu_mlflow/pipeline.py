@@ -36,7 +36,7 @@ from dfu_mlflow.training_run import Supervisor, TrainingRun
 
 def run_training(
     config: RunConfig,
-    publish: Callable[[TrainingResult], None] | None = None,
+    publish: Callable[[TrainingResult], object] | None = None,
     supervisor: Supervisor | None = None,
 ) -> TrainingResult:
     """Train as configured: data -> fine-tuning -> evaluation of each epoch -> best checkpoint as a bundle.

@@ -19,9 +19,10 @@ FREE = (
     "data.bounding_boxes",
     "ema.on_host",
     "train.fused_backward",
+    "train.compile",
 )
 FREE_SECTIONS = ("checkpoint.", "tracking.", "registry.", "runtime.", "tune.")
-"""What may differ: places, and what does not touch the weights or the figures."""
+"""What may differ: places, and what touches neither weights nor figures, rounding apart."""
 
 
 def check_same_run(checkpoint: Checkpoint, config: RunConfig, data_digest: str) -> None:

@@ -36,6 +36,8 @@ DIGEST_CHARACTERS = 36
 BATCH_POINTS = 1000
 """And at most 1,000 metric points."""
 BUFFER_S = 5.0
+AWAY_S = 300.0
+"""Between two tries at a store that does not answer: MLflow itself tries for minutes before it gives up."""
 """Points wait this long at most, then go in one request: on SQLite each request costs 15 ms, a point in it little.
 
 MLflow's own asynchronous queue is not used: its `flush` blocks for up to a second, ten threads write to one SQLite
@@ -102,7 +104,7 @@ class Tracker:
         self._buffer: list[Metric] = []
         self._datasets: dict[str, tuple[str, str]] = {}
         self._nonfinite = int(self._client.get_run(run_id).data.tags.get(NONFINITE_TAG, 0))
-        self._flushed_s = time.monotonic()
+        self._due_s = time.monotonic() + BUFFER_S
         self._beat_s = -math.inf
         self.beat()
 
@@ -170,13 +172,14 @@ class Tracker:
         A store that does not answer is warned of and tried again later: it does not end a training step.
         """
         self._enqueue(step, values)
-        if time.monotonic() - self._flushed_s < BUFFER_S:
+        if time.monotonic() < self._due_s:
             return
         try:
             self.flush()
             self.beat()
         except MlflowException as error:
             logger.warning("%d metric points wait for the tracking store: %s", len(self._buffer), error)
+            self._due_s = time.monotonic() + AWAY_S
 
     def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """Log and store figures of one epoch."""
@@ -243,7 +246,7 @@ class Tracker:
     def flush(self) -> None:
         """Block until every point is stored. Call it before a checkpoint is written: what a resumed run does not
         repeat must be in the store by then."""
-        self._flushed_s = time.monotonic()
+        self._due_s = time.monotonic() + BUFFER_S
         while self._buffer:
             # Dropped from the buffer after the write: what a store that is away refuses is written later.
             self._client.log_batch(self.run_id, metrics=self._buffer[:BATCH_POINTS])

@@ -79,6 +79,7 @@ class Hooks:
         before_checkpoint: called before a checkpoint is written, so that what it covers is stored elsewhere first.
         should_stop: asked after each step.
         facts: extra entries for the checkpoint's state.
+        passed: (epoch, training figures of that epoch) where `evaluation.every_epochs` passes it over.
     """
 
     evaluate: Callable[[int, dict[str, float]], Score | None]
@@ -86,6 +87,7 @@ class Hooks:
     before_checkpoint: Callable[[], None]
     should_stop: Callable[[], bool]
     facts: dict[str, Any] = field(default_factory=dict)
+    passed: Callable[[int, dict[str, float]], None] = lambda epoch, figures: None
 
 
 @dataclass
@@ -296,6 +298,7 @@ class Trainer:
             return
         last = epoch == self.config.train.epochs
         if epoch % self.config.evaluation.every_epochs and not last:
+            self.hooks.passed(epoch, self.epoch_figures())
             return
         score = self.hooks.evaluate(epoch, self.epoch_figures())
         self.progress.evaluated = epoch
@@ -349,3 +352,5 @@ class Trainer:
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**{key: state[key] for key in vars(Progress())})
+        if not self.store.go_back(self.progress.step):
+            self.progress.best_score, self.progress.best_epoch = None, 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from mlflow.exceptions import MlflowException
 from safetensors.torch import save_file
 
 from dfu_mlflow.base.adapters import trainable_fraction
@@ -29,9 +31,11 @@ from dfu_mlflow.report.album import Album
 from dfu_mlflow.report.render import render
 from dfu_mlflow.report.training import TrainingStory, training_report
 from dfu_mlflow.runtime import provenance
-from dfu_mlflow.tracking import Tracker
+from dfu_mlflow.tracking import Tracker, masked
 from dfu_mlflow.trainer import Score
 from dfu_mlflow.verdict import score, success_verdict
+
+logger = logging.getLogger(__name__)
 
 
 class Supervisor(Protocol):
@@ -125,14 +129,21 @@ class TrainingRun(Participant):
         if step % self.config.tracking.log_every_steps == 0:
             self.tracker.step(step, figures)
 
+    def passed(self, epoch: int, training: dict[str, float]) -> None:
+        """An epoch is done that is not evaluated: its losses are logged all the same."""
+        self.tracker.epoch(epoch, {"epoch": float(epoch), **training})
+
     def between_batches(self) -> None:
         """Between two batches of pictures: stop if asked to, else say that the run lives."""
         self.ranks.check()
         self.tracker.beat()
 
     def before_checkpoint(self) -> None:
-        """What the checkpoint covers is stored first."""
-        self.tracker.flush()
+        """What the checkpoint covers is stored first; where the store is away, weights are worth more than points."""
+        try:
+            self.tracker.flush()
+        except MlflowException as error:
+            logger.warning("figures since the last checkpoint wait for the tracking store: %s", masked(error))
 
     def evaluate(self, epoch: int, training: dict[str, float]) -> Score | None:
         """An epoch is done (0: none yet): measure it, log it, and say how good it is."""

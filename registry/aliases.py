@@ -107,7 +107,7 @@ def roll_back(name: str) -> tuple[int, int]:
 @contextmanager
 def registry_lock(name: str) -> Iterator[None]:
     """One process at a time moves aliases of a model; the system frees the lock of a process that dies."""
-    with FileLock(_lock_file(mlflow.get_registry_uri(), name)):
+    with FileLock(_lock_file(mlflow.get_registry_uri(), name), mode=0o666):  # other users' processes wait there too
         yield
 
 

@@ -13,6 +13,7 @@ import mlflow
 import pandas as pd
 import yaml
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
@@ -104,7 +105,10 @@ def register_sampler(
     version = mlflow.register_model(info.model_uri, config.registry.name, tags={**figures, **tags})
     client = MlflowClient()
     client.update_model_version(config.registry.name, version.version, card[:DESCRIPTION_CHARACTERS])
-    client.set_registered_model_alias(config.registry.name, config.registry.alias, version.version)
+    try:
+        client.set_registered_model_alias(config.registry.name, config.registry.alias, version.version)
+    except MlflowException:  # of two processes that set a new alias at once PostgreSQL refuses one (MLflow 3.17.2)
+        client.set_registered_model_alias(config.registry.name, config.registry.alias, version.version)
     uri = f"models:/{version.name}/{version.version}"
     return RegisteredSampler(str(version.name), int(version.version), uri)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.participant import TrainingResult
-from registry.package import register_sampler
+from registry.package import RegisteredSampler, register_sampler
 
 
-def publish(result: TrainingResult, config: RunConfig) -> None:
+def publish(result: TrainingResult, config: RunConfig) -> RegisteredSampler | None:
     """Register the result's bundle, if the configuration says so, and print the commands that come next."""
     headline = [
         f"{name} {result.figures[key]:.4g}"
@@ -18,7 +18,7 @@ def publish(result: TrainingResult, config: RunConfig) -> None:
     print(f"success criterion: {result.verdict}")
     if not config.registry.register_model or result.bundle is None:
         print(f"not registered; the sampler is in {result.bundle}")
-        return
+        return None
     figures = {name: value for name, value in result.figures.items() if name.startswith(("eval", "val"))}
     tags = {"epoch": str(result.best_epoch), "weights": result.shown, "verdict": result.verdict}
     version = register_sampler(result.bundle, config, result.run_id, figures, tags)
@@ -31,3 +31,4 @@ def publish(result: TrainingResult, config: RunConfig) -> None:
         f"  mlflow run . -e sample -P model={uri} --env-manager uv\n"
         f"  mlflow models serve -m {uri} --env-manager local"
     )
+    return version

@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +127,9 @@ def _model(model_id: str, version: str | None) -> Located:
     return Located(folder, own, run_id, model_id, version, data_digest(run_id))
 
 
+@cache
 def _files(model_id: str, location: str | None) -> Path:
-    """A model's files: those of a local store as they lie there; a server's are copied, and go with this process."""
+    """A model's files: a local store's as they lie there; a server's are copied, once, and go with this process."""
     folder = None
     if not is_local_uri(location):
         folder = tempfile.mkdtemp(prefix="dfu-model-")

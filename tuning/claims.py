@@ -163,7 +163,9 @@ def heartbeat(storage: RDBStorage, trial_id: int, every_s: float) -> Iterator[No
 
 def retry(study: optuna.Study, trial: FrozenTrial, max_retries: int | None = None) -> None:
     """Queue a trial that ended through no fault of its settings again, with the same values."""
-    RetryHeartbeatStaleTrialCallback(max_retry=max_retries)(study, copy.deepcopy(trial))  # it changes the trial
+    again = copy.deepcopy(trial)  # what queues it changes it
+    again.user_attrs.pop(REASON, None)
+    RetryHeartbeatStaleTrialCallback(max_retry=max_retries)(study, again)
 
 
 def build_sampler(tune: TuneConfig, number: int) -> optuna.samplers.BaseSampler:

@@ -47,6 +47,7 @@ class TrainingObjective:
 
     def __call__(self, trial: optuna.Trial, values: Values, run_id: str) -> Outcome:
         """Train, sweep guidance, and keep of the files what drawing needs."""
+        release_memory()  # of a trial that was ended: its traceback is gone by now
         config = with_values(self.config, values)
         supervisor = TrialSupervisor(trial, config, self.tune, run_id, self.baselines)
         folder = config.output_dir / run_id[:8]
@@ -64,9 +65,14 @@ def trial_config(config: RunConfig) -> RunConfig:
     """What a study's trainings have in common.
 
     Raises:
-        ConfigError: for a combination that cannot be trained.
+        UserError: for a metric that is not of pictures, or a combination that cannot be trained.
     """
     tune = config.tune
+    if config.evaluation.best_metric.startswith("val_"):
+        raise UserError(
+            f"--evaluation.best_metric {config.evaluation.best_metric} does not change with guidance, and tune judges "
+            "every training at its own best guidance: name a figure of the pictures, such as kid or fd"
+        )
     change: Values = {"resume": "none"}
     asked = {
         "train.epochs": tune.epochs,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import optuna
+import torch
 from mlflow import MlflowClient
 
 from dfu_mlflow.config import RunConfig
@@ -30,6 +32,8 @@ from tuning.space import Values, with_values
 SECONDS = "seconds_per_image"
 DEFAULT = ("kid", "coverage", "saturation_w1", SECONDS)
 WARM_UP = 2
+TIMED_ON = "timed_on"
+"""Of a study: the device that its times are of."""
 
 
 class SamplingObjective:
@@ -72,6 +76,8 @@ class SamplingObjective:
         """Draw and measure."""
         panels = self.panels.panels
         require_one_identity(trial.study, [panel.reference.identity for panel in panels])
+        if SECONDS in self.names:
+            require_one_machine(trial.study, self.evaluator.material.device)
         settings = tuned(self.sampler.settings, values)
         started = time.perf_counter()
         drawn = self.evaluator.draw(self.sampler.batch_size, settings)
@@ -85,6 +91,24 @@ class SamplingObjective:
             name: (figures[f"{name}_low"], figures[f"{name}_high"]) for name in self.names if f"{name}_low" in figures
         }
         return Outcome(tuple(figures[name] for name in self.names), intervals)
+
+
+def require_one_machine(study: optuna.Study, device: torch.device) -> None:
+    """Times of different machines are never compared: a trial's must be of the study's.
+
+    Raises:
+        UserError: for a worker on another kind of device.
+    """
+    cpu = f"a CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    here = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    known = study.user_attrs.get(TIMED_ON)
+    if known is None:
+        study.set_user_attr(TIMED_ON, here)
+    elif known != here:
+        raise UserError(
+            f"{SECONDS} is an objective, the study's first worker measured it on {known}, and this one runs on {here}: "
+            f"start it on the same, or name --tune.objectives without {SECONDS} in another --tune.study"
+        )
 
 
 def tuned(settings: Settings, values: Mapping[str, Any]) -> Settings:

@@ -22,7 +22,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from dfu_mlflow.config import RunConfig
-from dfu_mlflow.config.load import without_password
+from dfu_mlflow.config.load import flatten, without_password
 from dfu_mlflow.errors import Interrupted, Pruned, UserError
 from dfu_mlflow.tracking import masked
 from dfu_mlflow.verdict import larger_is_better
@@ -151,7 +151,7 @@ def _require_same(study: optuna.Study, config: RunConfig, names: tuple[str, ...]
         for key in ("kind", "objectives", "source", "space")
         if found[key] != wanted[key]
     ]
-    before, now = found["settings"], wanted["settings"]
+    before, now = flatten(RunConfig()) | found["settings"], wanted["settings"]  # a setting may be newer than the study
     differing += [
         f"--{key} was {before.get(key)!r}, is {now[key]!r}" for key in now if before.get(key, "not set") != now[key]
     ]
@@ -204,7 +204,7 @@ class Worker:
         self.runs: StudyRuns = open_runs(joined.study, joined.created, config.tracking.experiment)
         self.name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
         self.number: int | None = None
-        self.failures: list[str] = []
+        self.failures: list[int] = []
 
     def work(self, check_stop: Callable[[], None]) -> None:
         """Run trials until the budget is spent and every trial of it, also of other processes, has ended.
@@ -244,7 +244,7 @@ class Worker:
                 self.runs.close_again(self.study)
             elif all(trial.number == self.number for trial in running):  # its own, when even that could not be ended
                 stopped = isinstance(error, Interrupted | KeyboardInterrupt)
-                self.runs.close("KILLED" if stopped else "FAILED", " ".join(str(error).split())[:1000] or "stopped")
+                self.runs.close("KILLED" if stopped else "FAILED", masked(error) or "stopped")
             raise
 
     def run(self, number: int) -> None:
@@ -265,13 +265,12 @@ class Worker:
                 self.end(trial, run_id, TrialState.FAIL, INTERRUPTED)
                 raise
             except Exception as error:
-                if not isinstance(error, UserError):
-                    logger.exception("trial %d", number)
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                logger.error("trial %d: %s", number, error, exc_info=not isinstance(error, UserError))
+                reason = f"{type(error).__name__}: {masked(error)}"
                 with suppress(UpdateFinishedTrialError):  # given up by others, who queued it again
-                    trial.set_user_attr(REASON, masked(reason))
+                    trial.set_user_attr(REASON, reason)
                 self.end(trial, run_id, TrialState.FAIL, reason)
-                self.count_failure(reason)
+                self.count_failure(number, reason)
         self.tidy()
 
     def attempt(self, trial: optuna.Trial, run_id: str) -> None:
@@ -308,11 +307,19 @@ class Worker:
             f"trial {trial.number}: {told.state.name}{shown}{'' if reason == 'finished' else f', {reason}'}", flush=True
         )
 
-    def count_failure(self, reason: str) -> None:
-        """Stop when no setting works: then it is not the settings."""
-        self.failures.append(reason)
-        if len(self.failures) >= self.config.tune.max_failures:
-            raise UserError(f"{len(self.failures)} trials in a row gave no figure (--tune.max_failures): {reason}")
+    def count_failure(self, number: int, reason: str) -> None:
+        """Stop when no setting works: then it is not the settings, and they are queued again."""
+        self.failures.append(number)
+        if len(self.failures) < self.config.tune.max_failures:
+            return
+        trials = self.study.get_trials(deepcopy=False)
+        with alone(self.storage):
+            for failed in self.failures:
+                retry(self.study, trials[failed], self.config.tune.max_retries)
+        raise UserError(
+            f"{len(self.failures)} trials in a row gave no figure (--tune.max_failures), the last one: {reason}; mend "
+            "that, and the same command tries them again"
+        )
 
     def tidy(self) -> None:
         """Keep the weights of the best trial only: a study of SDXL would fill any disk."""
@@ -320,5 +327,9 @@ class Worker:
         complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
         best = {trial.number for trial in (self.study.best_trials if complete else [])}
         for trial in trials:
-            if "folder" in trial.user_attrs and trial.number not in best:
-                shutil.rmtree(Path(trial.user_attrs["folder"]) / "sampler", ignore_errors=True)
+            if "folder" not in trial.user_attrs:
+                continue
+            folder = Path(trial.user_attrs["folder"])
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # left by a process that was killed
+            if trial.number not in best:
+                shutil.rmtree(folder / "sampler", ignore_errors=True)

@@ -17,7 +17,7 @@ from dfu_mlflow.participant import TrainingResult
 from dfu_mlflow.preparation import read_source
 from dfu_mlflow.runtime import provenance
 from dfu_mlflow.tracking_store import set_tags
-from registry.aliases import GATE_TAG, version_at
+from registry.aliases import GATE_TAG
 from registry.promote import PromoteOptions, promote, registered_version
 from registry.publish import publish
 from registry.source import locate
@@ -174,7 +174,7 @@ def register(config: RunConfig, trial: FrozenTrial) -> str | None:
             "cannot be seen from here; let the processes share output_dir"
         )
         return None
-    publish(
+    version = publish(
         TrainingResult(
             run_id=facts["mlflow_run_id"],
             folder=bundle.parent,
@@ -186,4 +186,4 @@ def register(config: RunConfig, trial: FrozenTrial) -> str | None:
         ),
         config,
     )
-    return f"{config.registry.name}/{version_at(config.registry.name, config.registry.alias)}"
+    return None if version is None else f"{version.name}/{version.version}"

@@ -14,6 +14,7 @@ from mlflow.exceptions import MlflowException
 
 from dfu_mlflow.config.serving import ServeConfig
 from dfu_mlflow.errors import UserError
+from dfu_mlflow.runtime import release_memory
 from dfu_mlflow.sampling import BUNDLE, Sampler
 from registry.serving.meters import Meters
 from registry.source import resolve_version
@@ -100,6 +101,7 @@ class Versions:
             self._failed, self._retry_s = name, time.monotonic() + RETRY_S
             self.meters.loads.labels("failed").inc()
             return
+        release_memory()  # what no request holds of the old one
         log.warning("now serving %s", name)
         self.meters.show_model(name)
         self.meters.loads.labels("loaded").inc()

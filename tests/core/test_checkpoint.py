@@ -37,6 +37,21 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert [path.name for path in store.complete()] == ["step-00000001", "step-00000003", "step-00000004"]
 
 
+def test_a_run_that_went_back_keeps_what_it_writes_then(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "run" / "checkpoints", keep_last=2)
+    for step in (1, 2, 3):
+        store.save(checkpoint(step))
+        if step == 1:
+            store.mark_best("step-00000001", {"epoch": 1})
+    assert store.go_back(1)
+    store.save(checkpoint(2))
+    assert find_checkpoint("latest", tmp_path) == store.folder / "step-00000002"
+    assert [path.name for path in store.complete()] == ["step-00000001", "step-00000003", "step-00000002"]
+    store.mark_best("step-00000002", {"epoch": 2})
+    assert not store.go_back(1)
+    assert store.best() is None, "it was written after the step that the run went back to"
+
+
 def test_an_interrupted_write_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
     run = tmp_path / "run" / "checkpoints"
     store = CheckpointStore(run, keep_last=2)

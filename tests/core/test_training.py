@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from dfu_mlflow.base.adapters import displacement, snapshot
-from dfu_mlflow.checkpoint import CheckpointStore
+from dfu_mlflow.checkpoint import CheckpointStore, load_checkpoint, load_optimizer
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
 from dfu_mlflow.errors import Interrupted, UserError
@@ -24,7 +24,7 @@ from dfu_mlflow.perceptual import gradient_shares
 from dfu_mlflow.pipeline import build_parts
 from dfu_mlflow.preparation import Material, prepare, read_source, sampling_settings
 from dfu_mlflow.sampling import Sampler
-from dfu_mlflow.trainer import Hooks, Trainer
+from dfu_mlflow.trainer import Hooks, Score, Trainer
 from dfu_mlflow.types import Batch
 
 Change = dict[str, Any]
@@ -165,8 +165,6 @@ def test_resumed_equals_unbroken_bit_for_bit(small_config: RunConfig, tmp_path: 
     broken = build(small_config, tmp_path / "b", hooks)
     with pytest.raises(Interrupted, match="step 4"):
         broken.fit()
-    from dfu_mlflow.checkpoint import load_checkpoint
-
     resumed = build(small_config, tmp_path / "b")
     resumed.restore(load_checkpoint(resumed.store.complete()[-1]))
     resumed.fit()
@@ -177,13 +175,49 @@ def test_resumed_equals_unbroken_bit_for_bit(small_config: RunConfig, tmp_path: 
         assert torch.equal(value, resumed.parts.ema.average[name]), name  # type: ignore[union-attr]
 
 
+def test_training_goes_on_from_the_best_checkpoint(small_config: RunConfig, tmp_path: Path) -> None:
+    config = changed(small_config, {"train": {"epochs": 4, "steps_per_epoch": 1}, "checkpoint": {"keep_last": 1}})
+
+    def hooks(best: int) -> Hooks:
+        def judged(epoch: int, figures: dict[str, float]) -> Score:
+            return Score(0.0 if epoch == best else 1.0, "live")
+
+        return Hooks(judged, lambda *_: None, lambda: None, lambda: False)
+
+    first = build(config, tmp_path, hooks(best=1))
+    first.fit()
+    best = first.store.best() or {}
+    assert best["checkpoint"] == "step-00000001"
+    again = build(config, tmp_path, hooks(best=3))
+    again.restore(load_checkpoint(again.store.folder / best["checkpoint"]))
+    again.fit()
+    assert (again.store.best() or {})["checkpoint"] == "step-00000001", "as good as epoch 3, and earlier"
+    assert again.store.complete()[-1].name == "step-00000004"
+    for name, value in clones(first).items():
+        assert torch.equal(value, clones(again)[name]), name
+
+
+def test_epochs_that_are_not_evaluated_have_losses_too(small_config: RunConfig, tmp_path: Path) -> None:
+    train = {"epochs": 4, "steps_per_epoch": 1}
+    config = changed(small_config, {"train": train, "evaluation": {"every_epochs": 3}})
+    told: list[tuple[str, int, int]] = []
+
+    def hook(kind: str) -> Callable[[int, dict[str, float]], None]:
+        return lambda epoch, figures: told.append((kind, epoch, int("train/loss" in figures)))
+
+    build(
+        config,
+        tmp_path,
+        Hooks(hook("evaluated"), lambda *_: None, lambda: None, lambda: False, passed=hook("passed")),
+    ).fit()
+    assert told == [("evaluated", 0, 0), ("passed", 1, 1), ("passed", 2, 1), ("evaluated", 3, 1), ("evaluated", 4, 1)]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_optimizer_state_survives_a_checkpoint(small_config: RunConfig, tmp_path: Path, optimizer: str) -> None:
     config = changed(small_config, {"train": {"optimizer": optimizer, "epochs": 1}})
     trainer = build(config, tmp_path / "a")
     trainer.fit()
-    from dfu_mlflow.checkpoint import load_checkpoint, load_optimizer
-
     checkpoint = load_checkpoint(trainer.store.complete()[-1])
     fresh = build_optimizer(trainer.parts.weights.values(), config.train)
     load_optimizer(fresh, checkpoint.optimizer)

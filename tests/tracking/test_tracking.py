@@ -9,11 +9,13 @@ import mlflow
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from dfu_mlflow.config import RunConfig, flatten
 from dfu_mlflow.errors import Interrupted, UserError
 from dfu_mlflow.tracking import masked, track
 from dfu_mlflow.tracking_store import check_store, logged_images
+from dfu_mlflow.training_run import TrainingRun
 
 pytestmark = pytest.mark.usefixtures("store")
 
@@ -91,6 +93,22 @@ def test_flush_stores_every_point_that_came_before() -> None:
         assert points(tracker.run_id, "step/loss") != [(step, 1 / step) for step in range(1, 401)]
         tracker.flush()
         assert points(tracker.run_id, "step/loss") == [(step, 1 / step) for step in range(1, 401)]
+
+
+def test_a_store_that_is_away_costs_no_checkpoint_and_no_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    with track(CONFIG) as tracker:
+        run = object.__new__(TrainingRun)
+        run.tracker = tracker
+        tracker.step(1, {"step/loss": 1.0})
+        with monkeypatch.context() as patch:
+
+            def away(*_: object, **__: object) -> None:
+                raise MlflowException("no route to host")
+
+            patch.setattr(tracker._client, "log_batch", away)
+            run.before_checkpoint()
+        tracker.flush()
+        assert points(tracker.run_id, "step/loss") == [(1, 1.0)]
 
 
 def test_figures_that_are_not_finite_are_counted_not_stored() -> None:

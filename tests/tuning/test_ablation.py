@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -123,6 +124,26 @@ def test_a_signal_between_two_trainings_ends_the_studys_run(
     assert (parent.info.status, parent.data.tags["exit.reason"]) == ("KILLED", "stopped; the same command goes on")
     with pytest.raises(Interrupted, match="SIGTERM"):
         study(*files, ["--data.cache_dir", "elsewhere", "--tracking.experiment", "other"])
+
+
+def test_trainings_that_fail_in_a_row_are_tried_again_by_the_same_command(
+    files: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise UserError("no space left")
+
+    monkeypatch.setattr(module, "run_training", full)
+    tried = []
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"3 trainings in a row .* no space left; mend that, and the same command"):
+            study(*files, [])
+        journal = json.loads(Path("out/study.json").read_text(encoding="utf-8"))
+        assert not any("failed" in entry for entry in journal["runs"])
+        tried.append([entry["run_id"] for entry in journal["runs"]])
+        del journal["facts"]["config"]["loss.noise_offset"]
+        Path("out/study.json").write_text(json.dumps(journal), encoding="utf-8")  # of a version that did not know it
+    assert tried[0] == tried[1]
+    assert len(tried[0]) == 3
 
 
 def test_two_processes_on_one_folder(files: tuple[str, str]) -> None:

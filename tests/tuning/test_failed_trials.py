@@ -95,7 +95,34 @@ def test_a_trial_that_cannot_be_trained_says_why(
     with pytest.raises(UserError, match=f"1 trials in a row gave no figure .*{reason}"):
         tune(str(study_file(workplace)), [*fixed, *flags])
     study = optuna.load_study(study_name=name, storage=f"sqlite:///{workplace}/optuna.db")
-    assert [trial.state for trial in study.trials] == [TrialState.FAIL]
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.WAITING]
     runs = [run for run in runs_of(study) if run.data.tags.get("optuna.study") == name]
     assert [run.info.status for run in runs] == ["FAILED", "FAILED"]
     assert all(reason in run.data.tags["exit.reason"] for run in runs)
+
+
+def test_the_same_command_tries_trials_again_that_failed_in_a_row(
+    workplace: Path, study_file: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*SMALL, "--tune.study", "full", "--tune.trials", "1", "--tune.max_failures", "1", "--tune.epochs", "1"]
+
+    def full(*_: object, **__: object) -> None:
+        raise UserError("no space left beside Mueller Hans 1.jpg", private=["Mueller Hans 1.jpg"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tuning.objective.run_training", full)
+        with pytest.raises(UserError, match=r"no space left .*; mend that, and the same command tries them again"):
+            tune(str(study_file(workplace)), flags)
+    study = optuna.load_study(study_name="full", storage=f"sqlite:///{workplace}/optuna.db")
+    kept = [study.trials[0].user_attrs, *(run.data.tags for run in runs_of(study))]
+    assert not any("Mueller" in str(one) for one in kept)
+    tune(str(study_file(workplace)), flags)
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+    assert runs_of(study)[0].info.status == "FINISHED"
+
+
+def test_a_metric_that_guidance_does_not_change_is_refused_before_the_first_training(
+    workplace: Path, study_file: Callable[[Path], Path]
+) -> None:
+    with pytest.raises(UserError, match=r"--evaluation\.best_metric val_loss does not change with guidance"):
+        tune(str(study_file(workplace)), [*SMALL, "--evaluation.best_metric", "val_loss"])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dfu_mlflow.config import RunConfig
+from dfu_mlflow.config import RunConfig, flatten
 from dfu_mlflow.config.study import WEIGHTS, Plan
 from dfu_mlflow.config.tuning import is_fixed
 from dfu_mlflow.documents import FORMAT, read_document
@@ -198,6 +198,8 @@ class Journal:
         facts = json.loads(json.dumps(facts))
         fresh: dict[str, Any] = {"format": FORMAT, "facts": facts, "parent": None, "runs": []}
         known = read_document(self.path, "study") if self.path.is_file() else fresh
+        defaults = json.loads(json.dumps({key: flatten(RunConfig()).get(key) for key in facts["config"]}))
+        known["facts"]["config"] = defaults | known["facts"].get("config", {})  # a setting may be newer than the study
         if known["facts"] != facts:
             raise ConfigError([f"{folder} holds another study (other plan or settings): give another --output_dir"])
         self.content = known
@@ -222,6 +224,14 @@ class Journal:
         entry = self.entry(cell, seed)
         assert entry is not None
         entry |= facts
+        self.save()
+
+    def forget(self, runs: Sequence[tuple[Cell, int]]) -> None:
+        """Let these trainings be tried again: they failed for a reason that is not theirs."""
+        for cell, seed in runs:
+            entry = self.entry(cell, seed)
+            assert entry is not None
+            del entry["failed"]
         self.save()
 
     def save(self) -> None:

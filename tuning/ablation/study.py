@@ -20,7 +20,7 @@ from dfu_mlflow.evaluator import Measurement
 from dfu_mlflow.interrupt import StopRequest
 from dfu_mlflow.pipeline import run_training
 from dfu_mlflow.preparation import read_source
-from dfu_mlflow.runtime import provenance
+from dfu_mlflow.runtime import provenance, release_memory
 from dfu_mlflow.tracking import REASON_TAG, masked
 from dfu_mlflow.tracking_store import NAME_TAG, PARENT_TAG, experiment_id, prepare_store, set_tags
 from dfu_mlflow.verdict import larger_is_better
@@ -103,7 +103,7 @@ def closing(run_id: str) -> Iterator[None]:
         client = MlflowClient()
         if client.get_run(run_id).info.status == "RUNNING":
             by_hand = isinstance(error, Interrupted | KeyboardInterrupt)
-            reason = "stopped; the same command goes on" if by_hand else masked(f"{type(error).__name__}: {error}")
+            reason = "stopped; the same command goes on" if by_hand else f"{type(error).__name__}: {masked(error)}"
             client.set_tag(run_id, REASON_TAG, reason)
             client.set_terminated(run_id, "KILLED" if by_hand else "FAILED")
         raise
@@ -153,13 +153,17 @@ def work(experiment: Experiment, journal: Journal, parent: str, check_stop: Call
     runs = experiment.runs()
     left = [(cell, seed) for cell, seed in runs if not journal.done(cell, seed)]
     baselines: dict[str, Measurement] = {}
-    failed = 0
+    failed: list[tuple[Cell, int]] = []
     for cell, seed in tqdm(left, desc="study", unit="training", initial=len(runs) - len(left), total=len(runs)):
         check_stop()
         reason = train(experiment, journal, parent, (cell, seed), baselines)
-        failed = 0 if reason is None else failed + 1
-        if failed == MAX_FAILURES:
-            raise UserError(f"{MAX_FAILURES} trainings in a row ended without a figure, the last one: {reason}")
+        failed = [] if reason is None else [*failed, (cell, seed)]
+        if len(failed) == MAX_FAILURES:
+            journal.forget(failed)
+            raise UserError(
+                f"{MAX_FAILURES} trainings in a row ended without a figure, the last one: {reason}; mend that, and the "
+                "same command tries them again"
+            )
     check_stop()
 
 
@@ -178,6 +182,7 @@ def train(
     else:
         run_id = entry["run_id"]
     supervisor = CellSupervisor(experiment, cell, str(run_id), baselines)
+    release_memory()  # of the training before
     try:
         with closing(str(run_id)):  # also where training ends before it has opened the run
             run_training(config, supervisor=supervisor)
