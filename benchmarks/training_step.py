@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from mlflow import MlflowClient
 
 from benchmarks.machine import machine, said
 from benchmarks.training_material import write_base, write_photographs
@@ -170,12 +171,15 @@ class Bench:
 
 
 def watch_memory(child: subprocess.Popen[bytes]) -> float:
-    """Wait for a process; the largest sum of resident memory over it and its children, MiB."""
+    """Wait for a process; the largest sum of its resident memory and what its children have beyond that, MiB.
+
+    A child's own pages alone: one that was just forked shares all of its parent's.
+    """
     peak, process, done = 0, psutil.Process(child.pid), threading.Event()
     while child.poll() is None:
         try:
-            tree = [process, *process.children(recursive=True)]
-            peak = max(peak, sum(one.memory_info().rss for one in tree))
+            children = sum(one.memory_full_info().uss for one in process.children(recursive=True))
+            peak = max(peak, process.memory_info().rss + children)
         except psutil.Error:  # a child that ended in between
             pass
         done.wait(0.5)  # looking for the children goes through all processes
@@ -214,6 +218,7 @@ def our_data_setup(folder: Path, resolution_px: int) -> tuple[float, float]:
 def compare(bench: Bench) -> bool:
     """Train in turns and print the ratios; True where all bars are met."""
     options, ours, theirs = bench.options, [], []
+    MlflowClient(bench.store).search_experiments()  # its tables are made once in a store's life
     for turn in range(options.turns):
         ours.append(bench.ours(turn))
         print(line(f"ours, turn {turn}", ours[-1]), flush=True)
