@@ -217,11 +217,14 @@ def our_data_setup(folder: Path, resolution_px: int) -> tuple[float, float]:
 
 def compare(bench: Bench) -> bool:
     """Train in turns and print the ratios; True where all bars are met."""
-    options, ours, theirs = bench.options, [], []
+    options, ours, theirs, compiled = bench.options, [], [], []
     MlflowClient(bench.store).search_experiments()  # its tables are made once in a store's life
     for turn in range(options.turns):
         ours.append(bench.ours(turn))
         print(line(f"ours, turn {turn}", ours[-1]), flush=True)
+        if options.compile:
+            compiled.append(bench.ours(turn, compiled=True))
+            print(line(f"ours, turn {turn}, compiled", compiled[-1]), flush=True)
         runs = {workers: bench.theirs(turn, workers) for workers in options.workers}
         for workers, run in runs.items():
             print(line(f"script, turn {turn}, {workers} workers", run), flush=True)
@@ -242,10 +245,9 @@ def compare(bench: Bench) -> bool:
         f"peak resident memory: {memory:.2f} of the script's (at most {MEMORY_BAR:g} wanted) {said(good[-1])}; "
         f"{highest / tracked.peak_mib:.2f} where it logs to MLflow too"
     )
-    if options.compile:
-        one = bench.ours(options.turns, compiled=True)
-        print(line("ours, compiled", one), flush=True)
-        print(f"compiled: {one.step_s / statistics.median(run.step_s for run in ours):.2f} of the plain step's time")
+    if compiled:
+        ratio = statistics.median(one.step_s / plain.step_s for one, plain in zip(compiled, ours, strict=True))
+        print(f"compiled: {ratio:.2f} of the plain step's time")
     warm_s, script_s = ours[-1].setup_s, best[-1].setup_s
     print(f"start to first step: cold {ours[0].setup_s:.1f} s, warm {warm_s:.1f} s; script {script_s:.1f} s")
     if best[-1].encoding_s:
