@@ -81,6 +81,33 @@ class Batches:
         )
 
 
+class Reader:
+    """Reads batches a step ahead, and sends them to a device.
+
+    Args:
+        batches: dealt out by step.
+        device: where the step computes.
+    """
+
+    def __init__(self, batches: Batches, device: torch.device) -> None:
+        self.batches = batches
+        self.device = device
+        self.ahead: tuple[tuple[int, int], list[Batch]] | None = None
+        """Epoch, position and micro-batches of the step that was read last."""
+
+    def of_step(self, epoch: int, position: int) -> list[Batch]:
+        """A step's micro-batches, on the device; see `Batches.of_step`."""
+        if self.ahead is None or self.ahead[0] != (epoch, position):
+            self.fetch(epoch, position)
+        assert self.ahead is not None
+        return self.ahead[1]
+
+    def fetch(self, epoch: int, position: int) -> None:
+        """Read a step's micro-batches, and queue their way to the device."""
+        batches = [on_device(batch, self.device) for batch in self.batches.of_step(epoch, position)]
+        self.ahead = (epoch, position), batches
+
+
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """What the step reads of a batch, moved as `runtime.move` does."""
     draws = batch.draws

@@ -1,6 +1,6 @@
 """The only writer to MLflow beside `registry/`: one run, told by names that do not change.
 
-A killed and resumed run shows one curve without gaps and without doubled points: `flush` stands before every
+A killed and resumed run shows one curve without gaps and without doubled points: `offer` stands before every
 checkpoint, and a point that is stored already is not stored again.
 """
 
@@ -169,17 +169,11 @@ class Tracker:
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Log figures of one optimizer step; they are stored within five seconds, or by `flush`.
 
-        A store that does not answer is warned of and tried again later: it does not end a training step.
+        A store that does not answer does not end a training step.
         """
         self._enqueue(step, values)
-        if time.monotonic() < self._due_s:
-            return
-        try:
-            self.flush()
-            self.beat()
-        except MlflowException as error:
-            logger.warning("%d metric points wait for the tracking store: %s", len(self._buffer), error)
-            self._due_s = time.monotonic() + AWAY_S
+        if time.monotonic() >= self._due_s:
+            self.offer()
 
     def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """Log and store figures of one epoch."""
@@ -251,6 +245,15 @@ class Tracker:
             # Dropped from the buffer after the write: what a store that is away refuses is written later.
             self._client.log_batch(self.run_id, metrics=self._buffer[:BATCH_POINTS])
             del self._buffer[:BATCH_POINTS]
+
+    def offer(self) -> None:
+        """`flush`; a store that does not answer is warned of and tried again later."""
+        try:
+            self.flush()
+            self.beat()
+        except MlflowException as error:
+            logger.warning("%d metric points wait for the tracking store: %s", len(self._buffer), masked(error))
+            self._due_s = time.monotonic() + AWAY_S
 
     def beat(self) -> None:
         """Say that the run is alive (tag `heartbeat`, seconds since 1970), at most every 30 s."""

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from dfu_mlflow.base.adapters import Weights
-from dfu_mlflow.batches import Batches, on_device
+from dfu_mlflow.batches import Batches, Reader
 from dfu_mlflow.checkpoint import Checkpoint, CheckpointStore, checkpoint_name
 from dfu_mlflow.conditioning import Conditioner
 from dfu_mlflow.config.schema import RunConfig
@@ -142,8 +142,7 @@ class Trainer:
         self.accelerator = accelerator
         self.ranks = ranks or Ranks()
         self.progress = Progress()
-        self.ahead: tuple[tuple[int, int], list[Batch]] | None = None
-        """Epoch, position and micro-batches of a step that were read before its turn."""
+        self.reader = Reader(parts.batches, accelerator.device)
         self.engine = build_engine(accelerator, parts.unet, parts.weights, parts.optimizer, config)
         self.unet, self.optimizer = self.engine.unet, self.engine.optimizer
         if parts.ema is not None:
@@ -190,11 +189,11 @@ class Trainer:
         """One optimizer update, the `position`-th of its epoch."""
         started = time.perf_counter()
         rate = self.set_learning_rate()
-        batches = self.batches(position)
+        batches = self.reader.of_step(self.progress.epoch, position)
         figures = self.gradient_figures(batches[0]) if position == 0 else {}
         queued = [self.forward_backward(batch, last=batch is batches[-1]) for batch in batches]
         if position + 1 < self.steps_per_epoch:
-            self.fetch(position + 1)  # while the device computes
+            self.reader.fetch(self.progress.epoch, position + 1)  # while the device computes
         norm = self.update()  # the step's one wait for the device: what was queued before has arrived as well
         losses = [{key: float(value) for key, value in loss.items()} for loss in queued]
         seconds = time.perf_counter() - started
@@ -205,19 +204,6 @@ class Trainer:
             step_figures = {"step/loss": figures["loss"], "step/grad_norm": norm, "step/lr": rate}
             images = sum(map(len, batches)) * self.ranks.count
             self.hooks.on_step(self.progress.step, step_figures | {"step/images_per_s": images / seconds})
-
-    def batches(self, position: int) -> list[Batch]:
-        """This rank's micro-batches of the `position`-th step of the epoch, on the device."""
-        if self.ahead is None or self.ahead[0] != (self.progress.epoch, position):
-            self.fetch(position)
-        assert self.ahead is not None
-        return self.ahead[1]
-
-    def fetch(self, position: int) -> None:
-        """Read a step's micro-batches, and queue their way to the device."""
-        drawn = self.parts.batches.of_step(self.progress.epoch, position)
-        batches = [on_device(batch, self.accelerator.device) for batch in drawn]
-        self.ahead = (self.progress.epoch, position), batches
 
     def forward_backward(self, batch: Batch, last: bool) -> dict[str, torch.Tensor]:
         """Accumulate the gradient of one micro-batch; returns its mean losses, on their way to the CPU."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from mlflow.exceptions import MlflowException
 from safetensors.torch import save_file
 
 from dfu_mlflow.base.adapters import trainable_fraction
@@ -31,11 +29,9 @@ from dfu_mlflow.report.album import Album
 from dfu_mlflow.report.render import render
 from dfu_mlflow.report.training import TrainingStory, training_report
 from dfu_mlflow.runtime import provenance
-from dfu_mlflow.tracking import Tracker, masked
+from dfu_mlflow.tracking import Tracker
 from dfu_mlflow.trainer import Score
 from dfu_mlflow.verdict import score, success_verdict
-
-logger = logging.getLogger(__name__)
 
 
 class Supervisor(Protocol):
@@ -140,10 +136,7 @@ class TrainingRun(Participant):
 
     def before_checkpoint(self) -> None:
         """What the checkpoint covers is stored first; where the store is away, weights are worth more than points."""
-        try:
-            self.tracker.flush()
-        except MlflowException as error:
-            logger.warning("figures since the last checkpoint wait for the tracking store: %s", masked(error))
+        self.tracker.offer()
 
     def evaluate(self, epoch: int, training: dict[str, float]) -> Score | None:
         """An epoch is done (0: none yet): measure it, log it, and say how good it is."""

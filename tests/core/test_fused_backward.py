@@ -135,7 +135,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(build: Build) -> None:
     trainer.train_step(0)
     batches = trainer.parts.batches
     batches.latents = replace(batches.latents, moments=torch.full(batches.latents.moments.shape, float("nan")))
-    trainer.ahead = None
+    trainer.reader.ahead = None
     before = state(trainer)
     trainer.train_step(1)
     assert_same(before, state(trainer))
