@@ -192,8 +192,8 @@ class Trainer:
         batches = self.reader.of_step(self.progress.epoch, position)
         figures = self.gradient_figures(batches[0]) if position == 0 else {}
         queued = [self.forward_backward(batch, last=batch is batches[-1]) for batch in batches]
-        if position + 1 < self.steps_per_epoch:
-            self.reader.fetch(self.progress.epoch, position + 1)  # while the device computes
+        if position + 1 < self.steps_per_epoch and self.accelerator.device.type == "cuda":
+            self.reader.fetch(self.progress.epoch, position + 1)  # while the device computes; a CPU has nothing to gain
         norm = self.update()  # the step's one wait for the device: what was queued before has arrived as well
         losses = [{key: float(value) for key, value in loss.items()} for loss in queued]
         seconds = time.perf_counter() - started
