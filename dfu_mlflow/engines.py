@@ -21,6 +21,7 @@ from dfu_mlflow.ema import copy_into
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.fused import BackwardOptimizer
 from dfu_mlflow.ranks import uses_deepspeed, uses_fsdp
+from dfu_mlflow.runtime import release_memory
 from dfu_mlflow.shards import ShardEngine, plain_accelerator
 
 
@@ -106,6 +107,11 @@ class Engine:
         copy_into(self.weights, weights)
         load_optimizer(self.optimizer, state)
 
+    def release(self) -> None:
+        """Training is over: the optimizer's state, with AdamW twice the weights, makes room for what comes next."""
+        self.optimizer.state.clear()
+        release_memory()
+
 
 class FusedEngine(Engine):
     """One process that steps each weight inside the backward pass.
@@ -128,6 +134,12 @@ class FusedEngine(Engine):
         if self.accelerator.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         return float(self.optimizer.gradient_norm)
+
+    def release(self) -> None:
+        """Each weight's state."""
+        for optimizer in self.optimizer.each:
+            optimizer.state.clear()
+        release_memory()
 
 
 class ZeroEngine(Engine):
@@ -206,6 +218,9 @@ class ZeroEngine(Engine):
         for index, weight in enumerate(self.weights.values()):
             for key in self.KEYS:
                 safe_set_full_optimizer_state(weight, state[f"{index}.{key}"], key)
+
+    def release(self) -> None:
+        """DeepSpeed keeps its share to the end of the process."""
 
     @staticmethod
     def _autocast(accelerator: Accelerator) -> Any:

@@ -45,7 +45,6 @@ def memory_plan(config: RunConfig, source: str) -> dict[str, Any]:
     trainable_fraction = trained / count(unet)
     unet_bytes = sum(weight.nbytes for weight in unet.parameters())
     ema_bytes = 4.0 * trained if config.ema.enabled else 0.0
-    full = config.adapter.method == "full"
     parts = {
         "UNet": float(unet_bytes),
         "gradients": _gradient_bytes(weights, config),
@@ -57,7 +56,6 @@ def memory_plan(config: RunConfig, source: str) -> dict[str, Any]:
     host = {
         "EMA": ema_bytes if config.ema.on_host else 0.0,
         "live weights, while the EMA is evaluated": ema_bytes if config.ema.on_host else 0.0,
-        "the base, to measure displacement from": 4.0 * trained if full else 0.0,
         "text encoders, until prompts are encoded": 4.0
         * sum(count(modules[name]) for name in ("text_encoder", "text_encoder_2")),
     }

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dfu_mlflow.base.adapters import displacement
+from dfu_mlflow.base.origin import Origin
 from dfu_mlflow.checkpoint import CheckpointStore
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.engines import build_accelerator
@@ -52,13 +50,13 @@ class Equipment:
         material: base, latents and prompts.
         panels: what generated images are measured against.
         parts: what is trained, on what.
-        start: the base's weights, as `snapshot` keeps them.
+        origin: the base, to measure displacement from; the main rank's alone.
     """
 
     material: Material
     panels: Panels
     parts: Parts
-    start: dict[str, torch.Tensor]
+    origin: Origin | None
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ class Participant:
         self.material = equipment.material
         self.parts = equipment.parts
         self.panels = equipment.panels
-        self.start = equipment.start
+        self.origin = equipment.origin
         self.folder = folder
         self.settings = sampling_settings(config, self.material.train)
         self.evaluator = Evaluator(
@@ -122,7 +120,7 @@ class Participant:
         looks = {}
         for shown in self.shown_weights(epoch):
             with self.weights_of(shown), self.trainer.engine.whole():
-                moved = displacement(self.material.pipe.unet, self.start) if self.ranks.main else 0.0
+                moved = self.origin.displacement(self.material.pipe.unet) if self.origin else 0.0
                 looks[shown] = Look(self.observe(epoch), moved)
         return self.ranks.decided(lambda: self.conclude(epoch, training, looks), f"the evaluation of epoch {epoch}")
 

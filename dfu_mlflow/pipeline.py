@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from dfu_mlflow.base.adapters import attach, snapshot, store_frozen
+from dfu_mlflow.base.adapters import attach, store_frozen
 from dfu_mlflow.base.load import give_up_text_encoders, resolve_base
+from dfu_mlflow.base.origin import Origin
 from dfu_mlflow.batches import Batches
 from dfu_mlflow.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from dfu_mlflow.config.runtime import RuntimeConfig
@@ -96,6 +97,7 @@ def train(run: Participant, checkpoint: Checkpoint | None) -> TrainingResult:
         run.trainer.restore(checkpoint)
     run.show_draws(run.ranks.everyone(run.first_draws(), "the first step"))
     run.trainer.fit()
+    run.trainer.engine.release()
     return run.ranks.decided(run.finish, "the end of training", limited=False)
 
 
@@ -117,8 +119,8 @@ def equip(config: RunConfig, material: Material, ranks: Ranks) -> Equipment:
     """
     parts = build_parts(config, material, ranks)
     # Before the first step an adapter adds nothing. The main rank alone measures how far the weights went.
-    start = snapshot(material.pipe.unet, config.adapter) if ranks.main else {}
-    return Equipment(material, build_panels(config, material), parts, start)
+    origin = Origin(material.pipe.unet, config.adapter) if ranks.main else None
+    return Equipment(material, build_panels(config, material), parts, origin)
 
 
 def build_parts(config: RunConfig, material: Material, ranks: Ranks | None = None) -> Parts:

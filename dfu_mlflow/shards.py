@@ -22,6 +22,7 @@ from dfu_mlflow.base.adapters import Weights
 from dfu_mlflow.checkpoint import Tensors, load_optimizer, optimizer_tensors
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.ema import copy_into
+from dfu_mlflow.runtime import release_memory
 
 BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
 """What is made whole at a time, as diffusers' `_no_split_modules` of the UNet; what is between them goes together."""
@@ -169,6 +170,11 @@ class ShardEngine:
             if wanted:
                 found[key] = whole.cpu()
         return found
+
+    def release(self) -> None:
+        """Training is over: the optimizer's state makes room for what comes next."""
+        self.optimizer.state.clear()
+        release_memory()
 
     def joined(self, parts: Mapping[str, torch.Tensor], wanted: bool) -> Tensors:
         """Whole tensors from each rank's parts of them, by weight; every rank calls this."""

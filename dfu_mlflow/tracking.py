@@ -35,9 +35,9 @@ TAG_CHARACTERS = 8000
 DIGEST_CHARACTERS = 36
 BATCH_POINTS = 1000
 """And at most 1,000 metric points."""
-BUFFER_S = 5.0
 AWAY_S = 300.0
 """Between two tries at a store that does not answer: MLflow itself tries for minutes before it gives up."""
+BUFFER_S = 5.0
 """Points wait this long at most, then go in one request: on SQLite each request costs 15 ms, a point in it little.
 
 MLflow's own asynchronous queue is not used: its `flush` blocks for up to a second, ten threads write to one SQLite

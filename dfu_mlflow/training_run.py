@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from pathlib import Path
 from typing import Any, Protocol
@@ -183,6 +184,8 @@ class TrainingRun(Participant):
 
     def movement(self, moved: dict[str, float]) -> dict[str, float]:
         """How far the weights have come, and how much of it the average shows."""
+        if math.isnan(moved["live"]):
+            return {}
         figures = {"model/displacement": moved["live"]}
         if "ema" in moved and moved["live"] > 0:
             figures["ema/coverage"] = moved["ema"] / moved["live"]

@@ -1,14 +1,9 @@
-"""Which weights learn: all of the UNet, or low-rank adapters beside it. And how far they have moved."""
+"""Which weights learn: all of the UNet, or low-rank adapters beside it."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from dfu_mlflow.config.schema import AdapterConfig
@@ -71,29 +66,3 @@ def trainable_fraction(unet: nn.Module, weights: Weights) -> float:
         name: weight.numel() for name, weight in unet.named_parameters()
     }  # of whole weights, where ranks have parts
     return sum(sizes[name] for name in weights) / sum(sizes.values())
-
-
-def snapshot(unet: nn.Module, config: AdapterConfig) -> dict[str, torch.Tensor]:
-    """The base's weights on the CPU, to measure displacement against; LoRA needs only their norm."""
-    if config.method == "full":
-        return {name: weight.detach().cpu().clone() for name, weight in unet.named_parameters()}
-    total = sum(_squares(weight.detach()) for name, weight in unet.named_parameters() if "lora_" not in name)
-    return {"norm": torch.tensor(math.sqrt(total), dtype=torch.float64)}
-
-
-@torch.no_grad()
-def displacement(unet: nn.Module, base: Mapping[str, torch.Tensor]) -> float:
-    """How far the effective weights have moved: ||W - W0|| / ||W0|| over the whole UNet.
-
-    For LoRA the difference is each adapter's own scale * B A; a DoRA magnitude is not counted.
-    """
-    if "norm" in base:
-        layers: list[Any] = [layer for layer in unet.modules() if isinstance(layer, LoraLayer)]
-        return math.sqrt(sum(_squares(layer.get_delta_weight(ADAPTER)) for layer in layers)) / float(base["norm"])
-    weights = dict(unet.named_parameters())
-    moved = sum(_squares(weights[name].detach().cpu().double() - start.double()) for name, start in base.items())
-    return math.sqrt(moved / sum(_squares(start) for start in base.values()))
-
-
-def _squares(values: Any) -> float:
-    return float(values.double().pow(2).sum())

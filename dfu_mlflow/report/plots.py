@@ -1,15 +1,20 @@
-"""Plots as SVG text: readable in print, at any zoom, and without JavaScript."""
+"""Plots as SVG text: readable in print, at any zoom, and without JavaScript.
+
+Matplotlib (23 MiB) is loaded with the first plot: a training draws none before its last step.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib.style
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 STYLE = Path(__file__).with_name("report.mplstyle")
 COLOURS = ("#1f5fa8", "#c2571a", "#2e7d4f", "#7b4ba0", "#8a6d1d")
@@ -63,8 +68,7 @@ class Interval:
 
 def curve_row(axes: Sequence[Axis], x_label: str) -> str:
     """Plots side by side, one an axis."""
-    with matplotlib.style.context(STYLE):
-        figure = Figure(figsize=(4.1 * len(axes), 3.1), layout="constrained")
+    with _figure(4.1 * len(axes), 3.1) as figure:
         for number, axis in enumerate(axes):
             _draw(figure.add_subplot(1, len(axes), number + 1), axis, x_label)
         return _svg(figure)
@@ -72,8 +76,7 @@ def curve_row(axes: Sequence[Axis], x_label: str) -> str:
 
 def interval_rows(title: str, rows: Sequence[Interval], zero: str | None = None) -> str:
     """A dot and its 95 % interval a row; `zero` names the line at 0."""
-    with matplotlib.style.context(STYLE):
-        figure = Figure(figsize=(7.5, 0.9 + 0.32 * len(rows)), layout="constrained")
+    with _figure(7.5, 0.9 + 0.32 * len(rows)) as figure:
         plot = figure.add_subplot()
         places = range(len(rows))[::-1]
         for place, row in zip(places, rows, strict=True):
@@ -86,6 +89,16 @@ def interval_rows(title: str, rows: Sequence[Interval], zero: str | None = None)
         plot.set_ylim(-0.6, len(rows) - 0.4)
         plot.set_title(title)
         return _svg(figure)
+
+
+@contextmanager
+def _figure(width_in: float, height_in: float) -> Iterator[Figure]:
+    """An empty figure, in this project's style inside the block."""
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    with matplotlib.style.context(STYLE):
+        yield Figure(figsize=(width_in, height_in), layout="constrained")
 
 
 def _draw(plot: Axes, axis: Axis, x_label: str) -> None:

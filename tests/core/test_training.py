@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from dfu_mlflow.base.adapters import displacement, snapshot
+from dfu_mlflow.base.origin import Origin
 from dfu_mlflow.batches import Reader
 from dfu_mlflow.checkpoint import CheckpointStore, load_checkpoint, load_optimizer
 from dfu_mlflow.config import RunConfig
@@ -54,15 +54,15 @@ def test_lora_leaves_the_base_untouched_and_starts_as_the_base(
     material = prepare(config, read_source(config))
     before = {name: weight.clone() for name, weight in material.pipe.unet.state_dict().items()}
     trainer = build(config, tmp_path / "c", material=material)
-    start = snapshot(trainer.parts.unet, config.adapter)
-    assert displacement(trainer.parts.unet, start) == 0.0
+    origin = Origin(trainer.parts.unet, config.adapter)
+    assert origin.displacement(trainer.parts.unet) == 0.0
     trainer.fit()
     after = trainer.parts.unet.state_dict()
     for name, value in before.items():
         stem, kind = name.rsplit(".", 1)
         wrapped = f"{stem}.base_layer.{kind}"
         assert torch.equal(after[wrapped if wrapped in after else name], value), name
-    assert displacement(trainer.parts.unet, start) > 0.0
+    assert origin.displacement(trainer.parts.unet) > 0.0
     assert all("lora_" in name for name in trainer.parts.weights)
 
 

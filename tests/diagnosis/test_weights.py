@@ -13,7 +13,7 @@ from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from dfu_mlflow.base.adapters import displacement, snapshot
+from dfu_mlflow.base.origin import Origin
 from dfu_mlflow.config.schema import AdapterConfig
 from dfu_mlflow.diagnosis.lacking import Lacking
 from dfu_mlflow.diagnosis.weights import changes, find_weights, measure
@@ -62,7 +62,7 @@ def as_peft(unet: Any, base: Path, folder: Path) -> None:
 @pytest.mark.parametrize("write", [own, as_diffusers, as_kohya, as_peft])
 def test_low_rank_layouts(write: Callable[[Any, Path, Path], None], random_base: Path, tmp_path: Path) -> None:
     unet = adapted(random_base)
-    wanted = displacement(unet, snapshot(unet, AdapterConfig(method="lora", rank=RANK, alpha=ALPHA)))
+    wanted = Origin(unet, AdapterConfig(method="lora", rank=RANK, alpha=ALPHA)).displacement(unet)
     write(unet, random_base, tmp_path)
     files = find_weights(tmp_path, alpha=float(ALPHA))
     found = measure(files.live, fresh(random_base), files.alpha)

@@ -1,0 +1,98 @@
+"""Where fine-tuning starts from, to measure how far it has gone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils.constants import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from dfu_mlflow.base.adapters import ADAPTER
+from dfu_mlflow.config.schema import AdapterConfig
+
+logger = logging.getLogger(__name__)
+
+
+class Origin:
+    """The base's UNet, to measure displacement from; made before the first step.
+
+    LoRA needs the norm of its weights alone. Full fine-tuning needs the weights, of which a copy takes 10 GiB for
+    SDXL: they are read from the base's files again, tensor by tensor, and copied where the UNet came from no files.
+
+    Args:
+        unet: made trainable by `attach`, its weights still the base's.
+        config: says by which method.
+    """
+
+    def __init__(self, unet: nn.Module, config: AdapterConfig) -> None:
+        base = {name: weight for name, weight in unet.named_parameters() if "lora_" not in name}
+        self._norm = math.sqrt(sum(_squares(weight) for weight in base.values()))
+        self._full = config.method == "full"
+        self._files: Mapping[str, Path] = {}
+        self._copies: Mapping[str, torch.Tensor] = {}
+        if self._full:
+            self._files = _files(unet)
+            if not self._files.keys() >= base.keys():
+                self._files = {}
+                self._copies = {name: weight.detach().cpu().clone() for name, weight in base.items()}
+
+    @torch.no_grad()
+    def displacement(self, unet: nn.Module) -> float:
+        """How far the effective weights have moved: ||W - W0|| / ||W0|| over the whole UNet.
+
+        For LoRA the difference is each adapter's own scale * B A; a DoRA magnitude is not counted. NaN where the
+        base's files are gone meanwhile.
+        """
+        try:
+            return math.sqrt(sum(_squares(change) for change in self._changes(unet))) / self._norm
+        except (OSError, SafetensorError) as error:
+            logger.warning("how far the weights moved is not measured: the base's files cannot be read: %s", error)
+            return math.nan
+
+    def _changes(self, unet: nn.Module) -> Iterator[torch.Tensor]:
+        """What was added to each matrix by LoRA, or to each weight."""
+        if not self._full:
+            layers: list[Any] = [layer for layer in unet.modules() if isinstance(layer, LoraLayer)]
+            yield from (layer.get_delta_weight(ADAPTER) for layer in layers)
+            return
+        weights = dict(unet.named_parameters())
+        for name, start in self._starts():
+            yield weights[name].float() - start.to(weights[name]).float()
+
+    def _starts(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The base's weights by name, one at a time."""
+        yield from self._copies.items()
+        with ExitStack() as opened:
+            shards = {file: opened.enter_context(safe_open(file, framework="pt")) for file in set(self._files.values())}
+            for name, file in self._files.items():
+                yield name, shards[file].get_tensor(name)
+
+
+def _files(unet: nn.Module) -> dict[str, Path]:
+    """Tensor's name -> the file in diffusers layout that it was loaded from; empty without one."""
+    name = unet.config.get("_name_or_path")  # type: ignore[union-attr, operator]
+    if not name:
+        return {}
+    folder = Path(name)
+    try:
+        if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+            index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
+            return {name: folder / file for name, file in index.items()}
+        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as content:
+            return dict.fromkeys(content.keys(), folder / SAFETENSORS_WEIGHTS_NAME)
+    except (OSError, SafetensorError):
+        return {}
+
+
+def _squares(values: torch.Tensor) -> float:
+    """Sum of squares, added up in double precision."""
+    return float(torch.linalg.vector_norm(values.detach(), dtype=torch.float64)) ** 2
