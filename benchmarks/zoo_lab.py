@@ -26,7 +26,8 @@ from dfu_mlflow.tracking import HEARTBEAT_TAG
 from dfu_mlflow.tracking_store import logged_points, prepare_store
 from dfu_mlflow.trainer import Score
 from dfu_mlflow.training_run import TrainingResult, TrainingRun
-from registry.diagnose import DiagnoseOptions, build_case, tell_of_run
+from registry.diagnose import build_case
+from registry.told import DiagnoseOptions, tell_of_run
 
 SMALL: Mapping[str, Any] = {
     "data.phantom.patients": 40,

@@ -213,7 +213,8 @@ class TrainingRun(Participant):
     def diagnose(self) -> None:
         """Run the cheap checks on the figures so far; what fires for the first time is said at once."""
         figures = {number: self.history.figures(number) for number in self.history.measured()}
-        self.diagnosis, news = self.watch.look(figures)
+        best = self.trainer.store.best()
+        self.diagnosis, news = self.watch.look(figures, str(best["shown"]) if best else None)
         for sentence in news:
             self.console.say(sentence)
         place = findings_file("cheap", self.diagnosed)
@@ -263,6 +264,7 @@ class TrainingRun(Participant):
         series = self.history.series(f"eval/{success.metric}") if success else {}
         verdict = success_verdict(success, series, self.config.train.epochs)
         self.tracker.tags({"best.epoch": str(epoch), "best.weights": shown, "verdict": verdict})
+        self.diagnose()  # once more: the last evaluation may have made other weights the best
         self.report(epoch, shown, verdict)
         self.console.close()
         return TrainingResult(

@@ -21,7 +21,8 @@ def main(arguments: Sequence[str]) -> int:
     names = {"run": "", "checkpoint": "", "images": "", "embeddings": "", "curves": ""}
     options, flags = entry.split(rest, {**names, "weights": "best", "budget": "full", "config": ""})
     from dfu_mlflow.diagnosis.report import print_diagnosis
-    from registry.diagnose import DiagnoseOptions, run_diagnosis
+    from registry.diagnose import run_diagnosis
+    from registry.told import DiagnoseOptions
 
     config = options.pop("config")
     diagnosis, written = run_diagnosis(load(DiagnoseOptions, None, _given(options)), config or None, flags)

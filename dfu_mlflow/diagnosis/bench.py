@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ from dfu_mlflow.metrics.extractors.efficientnet import efficientnet_lite0
 from dfu_mlflow.objective import Objective
 from dfu_mlflow.preparation import Material, prepare, read_source, sampling_settings
 from dfu_mlflow.ranks import Ranks
-from dfu_mlflow.runtime import derive_seed
+from dfu_mlflow.runtime import derive_seed, release_memory
 from dfu_mlflow.sampling import Sampler, Settings
 from dfu_mlflow.subject import Pictures, read_pictures
 from dfu_mlflow.tracking import masked
@@ -34,6 +35,7 @@ Shown = Literal["live", "ema"]
 PICTURES = 48
 """Drawn for a probe, over all classes: enough for a kernel distance with an interval, seconds on the embedded base."""
 REDRAWS = 4
+NO_ROOM = "{} does not fit the card's memory: --device cpu has more room, and takes longer"
 
 
 class Bench:
@@ -46,8 +48,8 @@ class Bench:
         folder: pictures that the run drew, None to draw them.
         embeddings: file of the text embeddings that the run trained on, None where it is not given.
         updates: optimizer updates done, None where it is not known.
-        unnamed: `base`, `photographs`, `resolution`, `split` or `cache` -> what to say, where nobody named it and this
-            project's own would be a wrong one.
+        unnamed: `base`, `photographs`, `resolution`, `prompts`, `sampling`, `split` or `cache` -> what to say, where
+            nobody named it and this project's own would be a wrong one.
     """
 
     def __init__(
@@ -82,16 +84,26 @@ class Bench:
         """Averaged weights lie beside the live ones."""
         return isinstance(self.files, WeightFiles) and self.files.ema is not None
 
-    @cached_property
+    @property
     def material(self) -> Material:
         """Base, photographs and latents; `Lacking` where one of them cannot be had."""
         self.require("base", "photographs", "resolution")
-        try:
-            material = prepare(self.config, read_source(self.config))
-        except UserError as error:
-            raise Lacking(masked(error)) from None
-        material.pipe.to(material.device)
-        return material
+        if isinstance(self._prepared, str):
+            raise Lacking(self._prepared)
+        return self._prepared
+
+    @cached_property
+    def _prepared(self) -> Material | str:
+        """The same, or why there is none: asked by many checks, and each try takes minutes."""
+        with suppress(torch.OutOfMemoryError):  # what was loaded is released outside: the traceback holds on to it
+            try:
+                material = prepare(self.config, read_source(self.config))
+                material.pipe.to(material.device)
+                return material
+            except UserError as error:
+                return masked(error)
+        release_memory()
+        return NO_ROOM.format("the base")
 
     @cached_property
     def split(self) -> Split:
@@ -140,20 +152,27 @@ class Bench:
         """The base's UNet with the change added to it; the other one is given up, for SDXL's two do not fit a card."""
         if self._moved_unet is None or self._moved_unet[0] != shown:
             self._moved_unet = None
-            self._moved_unet = (shown, self._moved(shown))
+            with suppress(torch.OutOfMemoryError):
+                self._moved_unet = (shown, self._moved(shown))
+        if self._moved_unet is None:
+            release_memory()
+            raise Lacking(NO_ROOM.format("the fine-tuned UNet beside the base's"))
         return self._moved_unet[1]
 
     def sampler(self, shown: Shown, settings: Settings | None = None) -> Sampler:
         """Draws with the fine-tuned weights, by the run's own settings."""
         pipe = copy.copy(self.material.pipe)
+        self.require("prompts", "sampling")
         pipe.register_modules(unet=self.unet(shown))
         chosen = settings or sampling_settings(self.config, self.material.train)
         return Sampler(pipe, self.material.conditioner, chosen, self.config.sampling.batch_size)
 
     def base_sampler(self, settings: Settings | None = None) -> Sampler:
         """Draws with the untouched base."""
+        pipe = self.material.pipe
+        self.require("prompts", "sampling")
         chosen = settings or sampling_settings(self.config, self.material.train)
-        return Sampler(self.material.pipe, self.material.conditioner, chosen, self.config.sampling.batch_size)
+        return Sampler(pipe, self.material.conditioner, chosen, self.config.sampling.batch_size)
 
     @cached_property
     def pictures(self) -> Pictures:
@@ -207,6 +226,8 @@ class Bench:
         if told is None and who in self._losses:
             return self._losses[who]
         pipe = self.material.pipe
+        if told is None:
+            self.require("prompts")
         unet = pipe.unet if who == "base" else self.unet(who)
         objective = Objective(dict(pipe.scheduler.config), self.config.loss)
         losses = validation_losses(

@@ -16,6 +16,8 @@ DRAWS = "draws.rank"
 """Tags `draws.rank0`, `draws.rank1` ...: a digest of each rank's first draws."""
 STEPS_TAG = "steps_per_epoch"
 """Tag: optimizer steps an epoch as the run counts them, which the configuration may leave to the data."""
+BEST_WEIGHTS_TAG = "best.weights"
+"""Tag: `live` or `ema`, which weights of the best checkpoint were better."""
 CLASSES_TAG = "classes"
 """Tag: how many classes the run's photographs have."""
 

@@ -11,6 +11,7 @@ from dfu_mlflow.diagnosis.case import Case
 from dfu_mlflow.diagnosis.finding import CannotRun, Evidence, Finding, Healthy, Outcome, Severity
 from dfu_mlflow.diagnosis.lacking import Lacking
 from dfu_mlflow.errors import UserError
+from dfu_mlflow.tracking import masked
 
 Cost = Literal["cheap", "probe"]
 
@@ -36,7 +37,7 @@ class Check(ABC):
         try:
             outcome = self.examine(case)
         except (Lacking, UserError) as reason:
-            return CannotRun(" ".join(str(reason).split()))
+            return CannotRun(masked(reason))
         if isinstance(outcome, Healthy):
             return outcome
         news = {key: value for key, value in outcome.fix.items() if (key, value) not in case.settings.items()}

@@ -14,6 +14,7 @@ from dfu_mlflow.diagnosis.finding import CannotRun, Finding, Outcome
 from dfu_mlflow.diagnosis.lacking import Lacking
 from dfu_mlflow.diagnosis.ranking import ranked
 from dfu_mlflow.errors import Interrupted
+from dfu_mlflow.tracking import masked
 
 Budget = Literal["cheap", "full"]
 ENDED = "ended with"
@@ -69,7 +70,7 @@ def diagnose(
         except Interrupted:
             raise
         except Exception as error:  # any: a defect, or a card that is too small, must not lose what the others found
-            told = " ".join(str(error).split())[:300]
+            told = masked(error)[:300]  # names of image files name patients; a name that is cut in two is not seen
             outcomes[check.id] = CannotRun(f"{ENDED} {type(error).__name__}: {told}")
     findings = ranked(each for each in outcomes.values() if isinstance(each, Finding))
     try:

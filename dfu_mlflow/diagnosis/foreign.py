@@ -52,7 +52,6 @@ NAMES: Mapping[str, str] = MappingProxyType(
         "use_ema": "ema.enabled",
         "ema_decay": "ema.decay",
         "ema_max_decay": "ema.decay",
-        "ema_use_warmup": "ema.warmup",
         "ema_dtype": "ema.dtype",
         "guidance_scale": "sampling.guidance_scale",
         "cfg_scale": "sampling.guidance_scale",
@@ -115,6 +114,11 @@ def read_foreign(path: Path) -> ForeignConfig:
         raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(content, Mapping):
         raise UserError(f"--config {path} must hold settings, not a {type(content).__name__}")
+    return understood(content)
+
+
+def understood(content: Mapping[str, Any]) -> ForeignConfig:
+    """What of a configuration of any trainer, or of another version of this project, can be taken over."""
     settings: dict[str, Any] = {}
     unknown, notes = [], []
     per_process = False

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from scipy import stats
 
 from dfu_mlflow.conditioning import Conditioner
 from dfu_mlflow.config.prompts import MINIMAL
@@ -25,7 +26,6 @@ from dfu_mlflow.diagnosis.prompt_linter import Lint, lint
 from dfu_mlflow.objective import Objective, predict
 from dfu_mlflow.types import Conditioning, Estimate
 
-NORMAL_95 = 1.96
 RELIANCE = "prior_reliance"
 """Name of the figure in evidence and tags."""
 PAIRS = 24
@@ -92,8 +92,9 @@ class PriorReliance:
 
 
 def prior_reliance(bench: Bench) -> PriorReliance:
-    """Measure; raises `Lacking` without base or photographs."""
+    """Measure; raises `Lacking` without base, photographs or prompts."""
     material = bench.material
+    bench.require("prompts")
     prompts = material.source.prompts
     short = {label: MINIMAL.get(label, f"diabetic foot ulcer, {label}") for label in prompts}
     told, brief = material.conditioner, bench.with_prompts(short)
@@ -183,7 +184,7 @@ def _difference(change: torch.Tensor) -> Difference:
     mean = float(change.mean())
     if len(change) < 2:
         return Difference(mean, None, None)
-    half = NORMAL_95 * float(change.std()) / len(change) ** 0.5
+    half = float(stats.t.ppf(0.975, len(change) - 1) * change.std()) / len(change) ** 0.5
     return Difference(mean, mean - half, mean + half)
 
 
@@ -236,22 +237,32 @@ def _halves(
     rows: torch.Tensor, ids: torch.Tensor, clusters: torch.Tensor, source: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Means over classes [1 + DRAWS, D] of two halves of the clusters: as they are first, then of resampled ones."""
-    side: dict[int, int] = {}
+    side = _sides(ids, clusters)
     sums = [torch.zeros(1 + DRAWS, rows.shape[1], dtype=torch.float64) for _ in range(2)]
     classes = ids.unique().tolist()
     for class_id in classes:
         own = clusters[ids == class_id].unique().tolist()
-        for position, cluster in enumerate(own):
-            side.setdefault(cluster, position % 2)
         for half in range(2):
             members = torch.tensor([cluster for cluster in own if side[cluster] == half])
             if not len(members):
-                raise Lacking("prior reliance takes two held-out patients of each class")
+                raise Lacking("prior reliance takes two held-out patients of each class, not the same two in several")
             chosen = (ids == class_id) & torch.isin(clusters, members)
             place = torch.searchsorted(members, clusters[chosen])
             weights = _times_drawn(len(members), source)[:, place]
             sums[half] += (weights / weights.sum(dim=1, keepdim=True)) @ rows[chosen] / len(classes)
     return sums[0], sums[1]
+
+
+def _sides(ids: torch.Tensor, clusters: torch.Tensor) -> dict[int, int]:
+    """Cluster -> half, the same in every class it is part of; each class is halved as evenly as that allows."""
+    members = [clusters[ids == class_id].unique().tolist() for class_id in ids.unique().tolist()]
+    side: dict[int, int] = {}
+    for own in sorted(members, key=len):  # those with the least choice first
+        for cluster in own:
+            if cluster not in side:
+                taken = [side[other] for other in own if other in side]
+                side[cluster] = int(taken.count(0) > taken.count(1))
+    return side
 
 
 def _times_drawn(count: int, source: torch.Generator) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dfu_mlflow.config import RunConfig, flatten
-from dfu_mlflow.diagnosis.case import CLASSES_TAG, STEPS_TAG, Case
+from dfu_mlflow.diagnosis.case import BEST_WEIGHTS_TAG, CLASSES_TAG, STEPS_TAG, Case
 from dfu_mlflow.diagnosis.diagnose import Diagnosis, diagnose
 
 
@@ -26,8 +26,14 @@ class Watch:
         """Learning rate of each step of this process."""
         self.told: set[str] = set()
 
-    def look(self, epochs: Mapping[int, Mapping[str, float]]) -> tuple[Diagnosis, list[str]]:
-        """Examine the figures so far, epoch -> name -> value.
+    def look(
+        self, epochs: Mapping[int, Mapping[str, float]], best_weights: str | None = None
+    ) -> tuple[Diagnosis, list[str]]:
+        """Examine the figures so far.
+
+        Args:
+            epochs: epoch -> name -> value.
+            best_weights: `live` or `ema`, of the best checkpoint so far; None before there is one.
 
         Returns:
             The diagnosis, and a sentence for each finding above a note that was not told before.
@@ -37,7 +43,8 @@ class Watch:
             for name, value in figures.items():
                 curves.setdefault(name, {})[epoch] = value
             curves["step/loss"][epoch * self.steps_per_epoch] = figures.get("train/loss", 0.0)
-        diagnosis = diagnose(Case("this run", self.settings, curves, self.facts), "cheap")
+        judged = {BEST_WEIGHTS_TAG: best_weights} if best_weights else {}
+        diagnosis = diagnose(Case("this run", self.settings, curves, self.facts | judged), "cheap")
         grave = [each for each in diagnosis.findings if each.severity != "note"]
         news = [f"{each.severity} {each.id}: {each.explanation}" for each in grave if each.id not in self.told]
         self.told |= {each.id for each in grave}

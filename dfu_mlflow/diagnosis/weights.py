@@ -27,6 +27,10 @@ LIVE_NAMES = (
     "weights.safetensors",
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.safetensors.index.fp16.json",
+    "diffusion_pytorch_model.bf16.safetensors",
+    "diffusion_pytorch_model.safetensors.index.bf16.json",
     "pytorch_lora_weights.safetensors",
     "adapter_model.safetensors",
 )

@@ -13,16 +13,22 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 
+from dfu_mlflow.diagnosis.case import Case
+from dfu_mlflow.diagnosis.checks.class_ignored import ClassIgnored
+from dfu_mlflow.diagnosis.checks.ema_lag import EmaLag
 from dfu_mlflow.diagnosis.checks.patient_leakage import PatientLeakage
+from dfu_mlflow.diagnosis.checks.prompt_prior import PromptPrior
 from dfu_mlflow.diagnosis.checks.stale_cache import StaleCache
 from dfu_mlflow.diagnosis.checks.text_mismatch import TextMismatch
 from dfu_mlflow.diagnosis.diagnose import Diagnosis
-from dfu_mlflow.diagnosis.finding import CannotRun, Healthy
+from dfu_mlflow.diagnosis.finding import CannotRun, Finding, Healthy
 from dfu_mlflow.diagnosis.foreign import read_foreign
 from dfu_mlflow.diagnosis.lacking import Lacking
+from dfu_mlflow.diagnosis.weights import find_weights
 from dfu_mlflow.errors import UserError
 from entrypoints.diagnose import main
-from registry.diagnose import DiagnoseOptions, Told, build_case, run_diagnosis
+from registry.diagnose import build_case, run_diagnosis
+from registry.told import DiagnoseOptions, Told, tell_of_checkpoint
 
 STEPS = 30
 WORDS = {
@@ -139,13 +145,55 @@ def test_a_split_and_a_cache_made_for_the_diagnosis_are_not_found_sound(
         outcome = check.run(case)
         assert isinstance(outcome, CannotRun)
         assert reason in outcome.reason
+    for check in (TextMismatch(), PromptPrior(), ClassIgnored()):
+        outcome = check.run(case)
+        assert isinstance(outcome, CannotRun)
+        assert "captions are not known" in outcome.reason or "does not say the prompts" in outcome.reason
+    stated["prompts"] = {"style": "minimal"}
+    case = build_case(DiagnoseOptions(checkpoint=foreign), silent, stated)
     embeddings = TextMismatch().run(case)
     assert isinstance(embeddings, CannotRun)
     assert "--embeddings" in embeddings.reason
+    pictures = ClassIgnored().run(case)
+    assert isinstance(pictures, CannotRun)
+    assert "how it is sampled is not known" in pictures.reason
     remade = {**stated, "seed": 3, "data": {**data, "validation_fraction": 0.3}}
     case = build_case(DiagnoseOptions(checkpoint=foreign), silent, remade)
     assert isinstance(PatientLeakage().run(case), Healthy)
     assert isinstance(StaleCache().run(case), CannotRun)
+
+
+@pytest.mark.parametrize("warmup", [None, False])
+def test_an_average_nobody_measured_is_accused_only_where_its_decay_does_not_warm_up(
+    warmup: bool | None, foreign: Path
+) -> None:
+    """diffusers' average warms up with `use_ema_warmup` off as well: at decay 0.9999 it follows 2,000 updates."""
+    settings = {"ema.decay": 0.9999, "train.total_steps": 2000}
+    settings |= {} if warmup is None else {"ema.warmup": warmup}
+    outcome = EmaLag().run(Case("elsewhere", settings))
+    if warmup is None:
+        assert isinstance(outcome, CannotRun)
+        assert "--ema.warmup false" in outcome.reason
+    else:
+        assert isinstance(outcome, Finding)
+        assert "by their decay 18.1 %" in outcome.explanation
+
+
+def test_half_precision_files_and_the_schedulers_words_are_read(
+    random_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = StableDiffusionXLPipeline.from_pretrained(random_base)
+    pipe.save_pretrained(tmp_path / "tuned", variant="fp16")
+    words = json.loads((tmp_path / "tuned" / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    assert find_weights(tmp_path / "tuned").live.name == "diffusion_pytorch_model.fp16.safetensors"
+    for place in (tmp_path / "tuned", tmp_path / "tuned" / "unet"):
+        words["prediction_type"] = "v_prediction"
+        (tmp_path / "tuned" / "scheduler" / "scheduler_config.json").write_text(json.dumps(words), encoding="utf-8")
+        told = tell_of_checkpoint(DiagnoseOptions(checkpoint=place), None)
+        assert told.settings["loss.prediction_type"] == "v_prediction"
+        case = build_case(DiagnoseOptions(checkpoint=place), told, {"base_model": str(random_base)})
+        assert case.bench is not None
+        assert case.bench.config.loss.prediction_type == "v_prediction"
 
 
 def test_curves_tell_where_no_base_is_at_hand(foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +215,7 @@ def test_findings_and_report_are_written(
     said = capsys.readouterr().out
     assert "my_own_setting" in said
     assert "ema_lag" in said
-    folder = tmp_path / "outputs" / "diagnose" / foreign.name
+    (folder,) = (tmp_path / "outputs" / "diagnose").glob(f"{foreign.name}-*")
     findings = json.loads((folder / "findings.json").read_text(encoding="utf-8"))
     assert findings[0]["id"] == "ema_lag"
     assert set(findings[0]) == {"id", "severity", "confidence", "evidence", "explanation", "fix"}

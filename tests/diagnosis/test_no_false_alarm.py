@@ -10,12 +10,17 @@ import pytest
 
 from dfu_mlflow.diagnosis.case import Case
 from dfu_mlflow.diagnosis.check import Check
+from dfu_mlflow.diagnosis.checks.dominant_loss_term import DominantLossTerm
 from dfu_mlflow.diagnosis.checks.ema_lag import EmaLag
+from dfu_mlflow.diagnosis.checks.noisy_validation import NoisyValidation
 from dfu_mlflow.diagnosis.checks.patient_leakage import shared_stems
+from dfu_mlflow.diagnosis.checks.small_sample_fid import SmallSampleFid
 from dfu_mlflow.diagnosis.checks.weights_not_moving import WeightsNotMoving
+from dfu_mlflow.diagnosis.checks.wrong_schedule import WrongSchedule
 from dfu_mlflow.diagnosis.diagnose import ENDED, diagnose
 from dfu_mlflow.diagnosis.finding import CannotRun, Finding, Healthy
-from dfu_mlflow.errors import Interrupted
+from dfu_mlflow.errors import Interrupted, UserError
+from dfu_mlflow.schedules import lr_factor
 from dfu_mlflow.types import Record
 
 
@@ -56,6 +61,55 @@ def test_days_are_no_patients(name: str, patients: bool) -> None:
     records = [Record(file, "I", "nobody", "", (64, 64)) for file in files]
     share, _ = shared_stems(records[:30], records[30:])
     assert (share > 0) is patients
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ((0.5, 0.3, 0.2, 0.15, 0.125, 0.11), Healthy),
+        (tuple(0.4 * 2.0**-epoch + 0.02 for epoch in range(7)), Healthy),
+        ((0.5, 0.3, 0.2, 0.15, 0.14, 0.145), Healthy),
+        ((0.109, 0.095, 0.081, 0.095, 0.105, 0.074), Finding),
+    ],
+    ids=["learns fast", "learns exponentially", "begins to overfit", "the founding run"],
+)
+def test_a_steep_smooth_curve_is_not_noise(values: tuple[float, ...], wanted: type, sound: Case) -> None:
+    curve = {"val/loss": dict(enumerate(values, start=1))}
+    assert isinstance(NoisyValidation().run(with_figures(sound, curve)), wanted)
+
+
+@pytest.mark.parametrize("warmup", [3, 5, 8])
+@pytest.mark.parametrize("offset", [-1, 0])
+def test_the_rate_may_be_logged_before_or_after_the_step(offset: int, warmup: int, sound: Case) -> None:
+    rates = {step: 1e-3 * lr_factor("constant", step - 1 - offset, warmup, 660) for step in range(1, 100)}
+    assert isinstance(WrongSchedule().run(with_figures(sound, {"step/lr": rates}, train__warmup_steps=warmup)), Healthy)
+    held = with_figures(sound, {"step/lr": dict.fromkeys(range(1, 100), 1e-4)}, train__warmup_steps=warmup)
+    assert isinstance(WrongSchedule().run(held), Finding)
+
+
+def test_a_term_that_acts_in_few_micro_batches_is_seen_in_these(sound: Case) -> None:
+    """At a micro-batch of one most epochs hold no late timestep, and the share there is 0."""
+    shares = {epoch: 0.97 if epoch % 4 == 0 else 0.0 for epoch in range(1, 31)}
+    term = {"loss__perceptual_loss__enabled": True, "loss__perceptual_loss__weight": 5.0}
+    acts = with_figures(sound, {"train/grad_share_perceptual": shares}, **term)
+    assert isinstance(DominantLossTerm().run(acts), Finding)
+    never = with_figures(sound, {"train/grad_share_perceptual": dict.fromkeys(range(1, 31), 0.0)}, **term)
+    assert isinstance(DominantLossTerm().run(never), Healthy)
+
+
+def test_a_distance_that_nobody_logged_chooses_nothing() -> None:
+    assert isinstance(SmallSampleFid().run(Case("elsewhere", {"evaluation.samples": 50})), CannotRun)
+    logged = Case("elsewhere", {"evaluation.samples": 50}, {"eval/fid": {1: 300.0}})
+    assert isinstance(SmallSampleFid().run(logged), Finding)
+
+
+def test_a_name_is_masked_before_it_is_cut() -> None:
+    """Half a name of a file is a patient's name still, and no longer looks like a file's."""
+    raised = Broken(RuntimeError("x" * 270 + " /data/I/Jane Doe 1970-01-01 left foot.jpg is broken"))
+    reason = diagnose(Case("a run"), "cheap", checks=(raised,)).unable["nonfinite"]
+    assert "Jane" not in reason
+    told = Broken(UserError("no split for Jane Doe", private=("Jane Doe",)))
+    assert diagnose(Case("a run"), "cheap", checks=(told,)).unable["nonfinite"] == "no split for [private]"
 
 
 class Broken(Check):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dfu_mlflow.diagnosis.lacking import Lacking
-from dfu_mlflow.diagnosis.prior_reliance import Drawn, reliance
+from dfu_mlflow.diagnosis.prior_reliance import Drawn, _difference, _sides, reliance
 
 WIDTH = 200
 
@@ -66,3 +66,21 @@ def test_one_patient_of_a_class_is_too_few() -> None:
     few = drawn(0.5, 2)
     with pytest.raises(Lacking, match="two held-out patients"):
         reliance(Drawn(few.pairs, few.ids, few.real, few.real_ids, torch.where(few.real_ids == 1, 99, few.patients)), 0)
+
+
+def test_patients_of_several_classes_are_halved_as_evenly_as_that_allows() -> None:
+    """Patients 0 to 3 of one class; 0 and 2 of another as well, which halves by turns would put on one side."""
+    ids = torch.tensor([0, 0, 0, 0, 1, 1])
+    clusters = torch.tensor([0, 1, 2, 3, 0, 2])
+    sides = _sides(ids, clusters)
+    assert sides[0] != sides[2]
+    assert sorted(sides.values()) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("patients", [2, 3, 6])
+def test_the_interval_over_few_patients_holds(patients: int) -> None:
+    """With the normal distribution's 1.96 it would hold in 70 % of the cases for two patients."""
+    draws = torch.Generator().manual_seed(0)
+    found = [_difference(torch.randn(patients, generator=draws)) for _ in range(2000)]
+    held = sum(each.low is not None and each.high is not None and each.low < 0 < each.high for each in found)
+    assert 0.935 < held / 2000 < 0.965

@@ -28,6 +28,7 @@ from dfu_mlflow.diagnosis.checks.patient_leakage import PatientLeakage
 from dfu_mlflow.diagnosis.checks.prompt_prior import PromptPrior
 from dfu_mlflow.diagnosis.checks.stale_cache import StaleCache
 from dfu_mlflow.diagnosis.checks.text_mismatch import TextMismatch
+from dfu_mlflow.diagnosis.diagnose import diagnose
 from dfu_mlflow.diagnosis.finding import CannotRun, Finding, Healthy, Outcome
 from dfu_mlflow.diagnosis.text_variants import text_variants
 from dfu_mlflow.diagnosis.weights import WeightFiles
@@ -82,6 +83,42 @@ def test_embeddings_of_another_encoding_are_named(name: str, small_config: RunCo
     assert isinstance(found, Finding)
     assert found.severity == "blocker"
     assert wrong.words in found.explanation
+
+
+def test_other_classes_than_were_trained_are_no_other_encoding(small_config: RunConfig, tmp_path: Path) -> None:
+    bench = Bench(small_config, NO_WEIGHTS)
+    right = encode_prompts(bench.material.pipe, bench.material.source.prompts, "")
+    save_file({"embeddings": right.embeddings[:2].contiguous()}, tmp_path / "two.safetensors")
+    told = run(TextMismatch(), small_config, embeddings=tmp_path / "two.safetensors")
+    assert isinstance(told, CannotRun)
+    assert "2 classes were trained, 3 are here" in told.reason
+    save_file({"embeddings": right.embeddings[:, :50].contiguous()}, tmp_path / "short.safetensors")
+    assert isinstance(run(TextMismatch(), small_config, embeddings=tmp_path / "short.safetensors"), Finding)
+
+
+def test_a_card_that_is_too_small_leaves_the_curves(small_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for once: every try takes minutes."""
+    tries: list[int] = []
+
+    def too_large(*_: object) -> None:
+        tries.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("dfu_mlflow.diagnosis.bench.prepare", too_large)
+    bench = Bench(small_config, NO_WEIGHTS)
+    curves = {"ema/coverage": {1: 0.02}}
+    case = Case("a run", flatten(small_config), curves, bench=bench)
+    found = diagnose(case, "full")
+    assert [each.id for each in found.findings if each.severity == "blocker"] == ["ema_lag"]
+    assert "--device cpu" in found.unable["memorisation"]
+    assert len(tries) == 1
+
+
+def test_a_single_held_out_photograph_does_not_break_the_metric(small_config: RunConfig) -> None:
+    bench = Bench(small_config, NO_WEIGHTS)
+    bench.photograph_features = bench.photograph_features[:1]
+    bench.photographs = bench.photographs[:1]
+    assert MetricInputBroken()._blind(bench, {}) is None
 
 
 def wrapped(images: np.ndarray) -> np.ndarray:
@@ -234,8 +271,8 @@ def test_photographs_of_one_patient_count_as_one(small_config: RunConfig, tmp_pa
     save_file(weights, tmp_path / "weights.safetensors")
     moved = Bench(small_config, WeightFiles(tmp_path / "weights.safetensors"))
     outcome = TextMismatch().run(Case("a run", flatten(small_config), bench=moved))
-    assert not isinstance(outcome, CannotRun)
-    assert "better_under.final_layer" in outcome.evidence
+    assert isinstance(outcome, CannotRun), "that no wrong encoding is understood better is no clean bill"
+    assert "give --embeddings" in outcome.reason
     alone = Bench(changed(small_config, {"evaluation": {"validation_images": 1}}), moved.files)
     assert "two held-out patients" in str(TextMismatch().run(Case("a run", flatten(alone.config), bench=alone)))
     told = PromptPrior().run(Case("a run", flatten(alone.config), bench=Bench(alone.config, NO_WEIGHTS)))

@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file
 
 from dfu_mlflow.checkpoint import CheckpointStore
@@ -20,15 +22,18 @@ from dfu_mlflow.conditioning import FED
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
 from dfu_mlflow.diagnosis.case import CLASSES_TAG, STEPS_TAG
+from dfu_mlflow.diagnosis.diagnose import diagnose
 from dfu_mlflow.diagnosis.finding import Finding, Healthy
 from dfu_mlflow.diagnosis.report import BUDGET_TAG
 from dfu_mlflow.diagnosis.watch import Watch
+from dfu_mlflow.errors import UserError
 from dfu_mlflow.participant import TrainingResult
 from dfu_mlflow.pipeline import run_training
 from dfu_mlflow.schedules import lr_factor
 from dfu_mlflow.tracking import Tracker
-from registry.diagnose import DiagnoseOptions, build_case, run_diagnosis, tell_of_checkpoint
+from registry.diagnose import build_case, run_diagnosis
 from registry.promote import findings_budget
+from registry.told import DiagnoseOptions, tell_of_checkpoint, tell_of_run
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +89,74 @@ def test_a_rate_that_leaves_its_schedule_is_said_while_training(kept: bool) -> N
     diagnosis, news = watch.look({0: {"val/loss": 0.5}, 1: {"val/loss": 0.4, "train/loss": 0.4}})
     assert [word.split()[1] for word in news if "wrong_schedule" in word] == ([] if kept else ["wrong_schedule:"])
     assert isinstance(diagnosis.outcomes["wrong_schedule"], Healthy if kept else Finding)
+
+
+def test_an_average_that_lags_is_no_blocker_where_the_live_weights_were_the_best() -> None:
+    """Registered are the live weights, and a blocker would refuse their promotion."""
+    config = validate(RunConfig, {"ema": {"decay": 0.999, "warmup": False}})
+    figures = {1: {"ema/coverage": 0.03}}
+    (blocker,) = (each for each in Watch(config, 20, 3).look(figures)[0].findings if each.id == "ema_lag")
+    (warning,) = (each for each in Watch(config, 20, 3).look(figures, "live")[0].findings if each.id == "ema_lag")
+    assert (blocker.severity, warning.severity) == ("blocker", "warning")
+
+
+def test_training_and_diagnose_agree_on_the_average(ill: tuple[TrainingResult, str]) -> None:
+    """The last evaluation may decide which weights were the best; the tags then say what `diagnose` would."""
+    result, _ = ill
+    tags = MlflowClient().get_run(result.run_id).data.tags
+    diagnosis, _ = run_diagnosis(DiagnoseOptions(run=result.run_id, budget="cheap"), None, [])
+    (found,) = (each for each in diagnosis.findings if each.id == "ema_lag")
+    assert tags["finding.ema_lag"] == found.severity
+    assert (found.severity == "warning") == (tags["best.weights"] == "live")
+
+
+def test_a_base_that_is_elsewhere_leaves_the_curves(
+    ill: tuple[TrainingResult, str],
+) -> None:
+    """A run may be looked at on another machine than it was trained on."""
+    told = tell_of_run(ill[0].run_id)
+    assert told.configuration is not None
+    moved = replace(told, configuration=merge(told.configuration, {"base_model": "/models/sdxl"}))
+    case = build_case(DiagnoseOptions(run=ill[0].run_id), moved, {})
+    found = diagnose(case, "full")
+    assert "ema_lag" in [each.id for each in found.findings]
+    assert "give --base_model" in found.unable["text_mismatch"]
+    with pytest.raises(UserError, match="/typed"):
+        build_case(DiagnoseOptions(run=ill[0].run_id), told, {"base_model": "/typed"})
+
+
+def test_a_run_of_another_version_is_read_as_far_as_it_is_understood(
+    ill: tuple[TrainingResult, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tell_of_run(ill[0].run_id)
+    assert told.configuration is not None
+    newer = merge(told.configuration, {"train": {"quantum": True}})
+    monkeypatch.setattr("registry.told.run_configuration", lambda _: newer)
+    read = tell_of_run(ill[0].run_id)
+    assert "train.quantum" in read.notes[0]
+    assert read.settings["ema.decay"] == told.settings["ema.decay"]
+    assert read.folder == told.folder
+    assert not read.foreign
+
+
+def test_a_server_that_goes_away_meanwhile_leaves_the_findings(
+    ill: tuple[TrainingResult, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def away(*_: object) -> None:
+        raise MlflowException("connection refused")
+
+    monkeypatch.setattr(MlflowClient, "log_text", away)
+    diagnosis, written = run_diagnosis(DiagnoseOptions(run=ill[0].run_id, budget="cheap"), None, [])
+    assert diagnosis.findings
+    assert written[0].is_file()
+    assert "not written to MLflow" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["config", "curves"])
+def test_what_a_run_tells_itself_cannot_be_told_again(flag: str, ill: tuple[TrainingResult, str]) -> None:
+    options = DiagnoseOptions(run=ill[0].run_id, curves=Path("curves.json") if flag == "curves" else None)
+    with pytest.raises(UserError, match=f"--{flag} goes with --checkpoint"):
+        run_diagnosis(options, "file.yaml" if flag == "config" else None, [])
 
 
 def test_diagnose_reads_the_run_from_mlflow(ill: tuple[TrainingResult, str]) -> None:

@@ -26,7 +26,11 @@ class DominantLossTerm(Check):
     cost = "cheap"
 
     def examine(self, case: Case) -> Finding | Healthy:
-        """Median over epochs (of two the lower), so that one odd batch decides nothing."""
+        """Median over epochs (of two the lower), so that one odd batch decides nothing.
+
+        A share of 0 is left out where others are not: the term acts on late timesteps alone, and a micro-batch of one
+        has none of these in most epochs.
+        """
         if case.settings.get("loss.perceptual_loss.enabled") is False:
             return Healthy({"perceptual_term": Figure("off")})
         measured = "train/grad_share_perceptual" in case.curves
@@ -57,6 +61,7 @@ class DominantLossTerm(Check):
     def _share(self, case: Case, measured: bool) -> tuple[float, float]:
         if measured:
             values = [value for epoch, value in case.curve("train/grad_share_perceptual") if epoch > 0]
+            values = [value for value in values if value > 0] or values
             limit = HIGH
         else:
             total = dict(case.curve("train/loss"))

@@ -37,7 +37,10 @@ class EmaLag(Check):
         if measured is None and expected is None:
             if case.bench is not None and case.bench.has_ema:
                 case.bench.movement("ema")  # raises, with what is missing
-            raise Lacking("no ema/coverage was logged, no averaged weights are at hand, and ema.decay is not known")
+            raise Lacking(
+                "no ema/coverage was logged, no averaged weights are at hand, and nothing says that its decay does not "
+                "warm up, as diffusers' average always does (ema.decay, --ema.warmup false)"
+            )
         coverage = measured if measured is not None else expected
         assert coverage is not None
         name = "coverage" if measured is not None else "coverage_expected"
@@ -66,10 +69,9 @@ class EmaLag(Check):
             severity,
             0.95 if measured else 0.7,
             evidence,
-            f"The averaged weights have come {100 * coverage:.1f} % of the way that the live weights went, so "
-            "samples and "
-            f"metrics drawn from them show the base.{lost}{elsewhere} Let the decay warm up, or look at the live "
-            "weights.",
+            f"The averaged weights have come {'' if measured else 'by their decay '}{100 * coverage:.1f} % of the way "
+            f"that the live weights went, so samples and metrics drawn from them show the base.{lost}{elsewhere} Let "
+            "the decay warm up, or look at the live weights.",
             fix,
         )
 
@@ -89,7 +91,7 @@ class EmaLag(Check):
             return None
         decay = float(case.settings["ema.decay"])
         evidence["decay"] = Figure(decay)
-        if case.settings.get("ema.warmup"):
+        if case.settings.get("ema.warmup") is not False:  # unknown: most trainers' averages warm up
             return None
         try:
             updates = case.updates()

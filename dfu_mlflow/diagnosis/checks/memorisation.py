@@ -42,6 +42,8 @@ class Memorisation(Check):
         if told is not None:
             evidence["membership_auc"] = Figure(told.value, f"lower end below {limit}")
         if not report.found and not knows:
+            if "split" in bench.unnamed:
+                raise Lacking(f"no copy was found among its pictures, which says little: {bench.unnamed['split']}")
             return Healthy(evidence)
         return self.found(
             "blocker" if report.found else "warning",
@@ -63,6 +65,6 @@ class Memorisation(Check):
         )
 
     def _membership(self, bench: Bench) -> Estimate | None:
-        if not bench.has_weights:
+        if not bench.has_weights or "split" in bench.unnamed:  # held-out photographs it was trained on tell nothing
             return None
         return membership(bench.config, bench.material, bench.sampler(bench.shown), bench.between_batches)

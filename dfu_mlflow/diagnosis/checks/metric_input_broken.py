@@ -80,6 +80,8 @@ class MetricInputBroken(Check):
     def _blind(self, bench: Bench, evidence: dict[str, Figure]) -> str | None:
         """A photograph's negative lies far from it, measured by how far photographs lie from each other."""
         features = bench.photograph_features
+        if len(features) < 2:
+            return None
         between = float(torch.pdist(features).mean())
         own = float((features - bench.extractor(255 - bench.photographs)).norm(dim=1).mean())
         ratio = own / between if between > 0 else 0.0

@@ -60,8 +60,8 @@ class SelectionOnNoise(Check):
             "warning",
             0.8 if within is None else 0.9,
             evidence,
-            f"{len(values)} evaluations of {name} scatter by {100 * scatter:.0f} % without getting better, and epoch "
-            f"{epochs[best]:.0f} was called the best: that is the luckiest draw. "
+            f"{len(values)} evaluations of {name} scatter by {100 * scatter:.0f} % without getting better: the lowest, "
+            f"of epoch {epochs[best]:.0f}, is the luckiest draw. "
             + ("Measure more photographs." if by_loss else "Draw more pictures, or choose by the validation loss."),
             {"evaluation.validation_images": 2 * int(case.settings.get("evaluation.validation_images", 64))}
             if by_loss

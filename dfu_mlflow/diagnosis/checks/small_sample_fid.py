@@ -24,7 +24,10 @@ class SmallSampleFid(Check):
     def examine(self, case: Case) -> Finding | Healthy:
         """It matters where the distance chooses; where KID chooses it is worth a note at most."""
         samples = int(case.setting("evaluation.samples"))
-        logged = next((name for name in DIMENSIONS if case.curves.get(f"eval/{name}")), "fid")
+        logged = next((name for name in DIMENSIONS if case.curves.get(f"eval/{name}")), None)
+        if logged is None and "evaluation.best_metric" not in case.settings:
+            raise Lacking("no distance was logged, and nothing says what chooses the checkpoint")
+        logged = logged or "fid"
         chosen_by = str(case.settings.get("evaluation.best_metric", logged))
         metric = next((name for name in DIMENSIONS if chosen_by.startswith(name)), logged)
         dimension = DIMENSIONS[metric]

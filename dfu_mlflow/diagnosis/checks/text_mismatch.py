@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from scipy import stats
 
 from dfu_mlflow.conditioning import Conditioner, encode_prompts
 from dfu_mlflow.diagnosis.bench import Bench
@@ -19,8 +20,8 @@ DIFFERENT = 0.02
 BETTER = 0.004
 """How much less the fine-tuned network's loss must be under a wrong encoding than under sampling's, relative to it and
 beyond what the base shows."""
-NORMAL = 2.6
-"""Standard errors: three wrong encodings are tried, so each is tested at 1 %."""
+LEVEL = 0.01
+"""Two-sided, of each test: three wrong encodings are tried."""
 
 
 class TextMismatch(Check):
@@ -35,10 +36,17 @@ class TextMismatch(Check):
         """Direct comparison where it can be made."""
         bench = case.ready()
         evidence: dict[str, Figure] = {}
-        right = encode_prompts(bench.material.pipe, bench.material.source.prompts, "")
+        material = bench.material
+        bench.require("prompts")
+        right = encode_prompts(material.pipe, material.source.prompts, "")
         used = self._used(bench, right)
         for name, value in used.items():
             wanted = getattr(right, name)
+            if len(value) != len(wanted) and not name.startswith("empty"):
+                raise Lacking(
+                    f"{len(value)} classes were trained, {len(wanted)} are here: give the photographs and prompts it "
+                    "was trained on"
+                )
             if value.shape != wanted.shape:
                 evidence[name] = Figure(str(list(value.shape)), str(list(wanted.shape)))
                 return self._finding(evidence, f"{name} have another shape", 0.99)
@@ -73,8 +81,13 @@ class TextMismatch(Check):
         closest = min(gaps, key=lambda variant: gaps[variant])
         return closest.words if gaps[closest] < DIFFERENT else f"{name} are not what the pipeline encodes"
 
-    def _by_loss(self, bench: Bench, right: Conditioner, evidence: dict[str, Figure]) -> Finding | Healthy:
-        """Loss under each wrong encoding less loss under the right one, fine-tuned less base, paired by patient."""
+    def _by_loss(self, bench: Bench, right: Conditioner, evidence: dict[str, Figure]) -> Finding:
+        """Loss under each wrong encoding less loss under the right one, fine-tuned less base, paired by patient.
+
+        Raises:
+            Lacking: where none is understood better. That is no clean bill: a small fine-tune that was trained on
+                another encoding is often not better under it either.
+        """
         device = bench.material.device
         now, before = bench.losses("live"), bench.losses("base")
         found: list[tuple[float, TextVariant]] = []
@@ -93,10 +106,14 @@ class TextMismatch(Check):
             beyond = float((gain - own).mean())
             scale = float(plain_now.mean())
             evidence[f"better_under.{variant.name}"] = Figure(mean / scale, "below 0")
-            if mean > BETTER * scale and beyond > max(NORMAL * error, BETTER * scale):
+            errors = float(stats.t.ppf(1 - LEVEL / 2, len(gain) - 1))
+            if mean > BETTER * scale and beyond > max(errors * error, BETTER * scale):
                 found.append((mean / scale, variant))
         if not found:
-            return Healthy(evidence)
+            raise Lacking(
+                "the fine-tuned network understands none of the usual wrong encodings better, which does not say that "
+                "it was trained on the right one: give --embeddings, what it was trained on"
+            )
         return self._finding(evidence, max(found, key=lambda pair: pair[0])[1].words, 0.85)
 
     def _finding(self, evidence: dict[str, Figure], what: str, confidence: float) -> Finding:

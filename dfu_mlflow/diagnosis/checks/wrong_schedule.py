@@ -9,7 +9,9 @@ from dfu_mlflow.diagnosis.lacking import Lacking
 from dfu_mlflow.schedules import lr_factor
 
 WRONG = 0.15
-"""Largest difference between planned and used rate, as a share of the peak; rounding and a step's offset give 0.01."""
+"""Largest difference between planned and used rate, as a share of the peak; rounding gives 0.01."""
+OFFSETS = (-1, 0, 1)
+"""Trainers log the rate of a step before it, with it or after it; in a short warm-up one step is a large part."""
 UNFINISHED = 0.25
 """Share of the peak rate above which a decaying schedule has not ended."""
 FEW = 8
@@ -40,12 +42,15 @@ class WrongSchedule(Check):
             evidence["final_share"] = Figure(share, f"below {UNFINISHED}")
             return self._finding(case, evidence, 0.7) if share > UNFINISHED else Healthy(evidence)
         warmup = int(case.settings.get("train.warmup_steps", 0))
-        planned = {step: peak * lr_factor(schedule, step - 1, warmup, total) for step, _ in rates}  # type: ignore[arg-type]
-        worst = max(rates, key=lambda point: abs(point[1] - planned[point[0]]))
-        gap = abs(worst[1] - planned[worst[0]]) / peak
+        plans = [
+            {step: peak * lr_factor(schedule, max(0, step - 1 + offset), warmup, total) for step, _ in rates}  # type: ignore[arg-type]
+            for offset in OFFSETS
+        ]
+        gaps = [max(abs(rate - plan[step]) for step, rate in rates) / peak for plan in plans]
+        gap = min(gaps)
         evidence |= {
             "largest_difference": Figure(gap, f"below {WRONG} of the peak"),
-            "planned_final_rate": Figure(planned[rates[-1][0]]),
+            "planned_final_rate": Figure(plans[gaps.index(gap)][rates[-1][0]]),
         }
         return self._finding(case, evidence, 0.9) if gap > WRONG else Healthy(evidence)
 
