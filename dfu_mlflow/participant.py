@@ -11,7 +11,7 @@ from typing import Any
 from dfu_mlflow.base.origin import Origin
 from dfu_mlflow.checkpoint import CheckpointStore
 from dfu_mlflow.config.schema import RunConfig
-from dfu_mlflow.engines import build_accelerator
+from dfu_mlflow.engine_choice import build_accelerator
 from dfu_mlflow.evaluator import Evaluator, Observation
 from dfu_mlflow.panels import Panels
 from dfu_mlflow.preparation import Material, sampling_settings

@@ -15,7 +15,7 @@ from dfu_mlflow.config.runtime import RuntimeConfig
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.data import dataset_digest
 from dfu_mlflow.ema import ExponentialMovingAverage
-from dfu_mlflow.engines import check_launch
+from dfu_mlflow.engine_choice import check_launch
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.fused import BackwardOptimizer
 from dfu_mlflow.interrupt import StopRequest

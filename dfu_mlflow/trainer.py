@@ -22,7 +22,7 @@ from dfu_mlflow.checkpoint import Checkpoint, CheckpointStore, checkpoint_name
 from dfu_mlflow.conditioning import Conditioner
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.ema import ExponentialMovingAverage
-from dfu_mlflow.engines import build_engine
+from dfu_mlflow.engine_choice import build_engine
 from dfu_mlflow.errors import Interrupted, UserError
 from dfu_mlflow.fused import BackwardOptimizer
 from dfu_mlflow.objective import LossTerms, Objective

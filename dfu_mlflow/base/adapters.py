@@ -62,7 +62,6 @@ def lora_config(config: AdapterConfig) -> LoraConfig:
 
 def trainable_fraction(unet: nn.Module, weights: Weights) -> float:
     """Trainable weights / all weights of the UNet, adapters included (the founding runs' 11.5 % counts so)."""
-    sizes = {
-        name: weight.numel() for name, weight in unet.named_parameters()
-    }  # of whole weights, where ranks have parts
+    # of whole weights, where ranks have parts; DeepSpeed leaves an empty tensor beside its own
+    sizes = {name: getattr(weight, "ds_numel", weight.numel()) for name, weight in unet.named_parameters()}
     return sum(sizes[name] for name in weights) / sum(sizes.values())

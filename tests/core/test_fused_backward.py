@@ -17,7 +17,7 @@ from dfu_mlflow.checkpoint import CheckpointStore, load_checkpoint, load_optimiz
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
 from dfu_mlflow.config.schema import TrainConfig
-from dfu_mlflow.engines import check_launch
+from dfu_mlflow.engine_choice import check_launch
 from dfu_mlflow.errors import ConfigError, Interrupted, UserError
 from dfu_mlflow.fused import BackwardOptimizer
 from dfu_mlflow.optimizers import build_optimizer

@@ -31,13 +31,13 @@ class Launcher:
         self.folder = folder
         (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
 
-    def start(self, *flags: str) -> subprocess.Popen[str]:
+    def start(self, *flags: str, launch: str = "ddp") -> subprocess.Popen[str]:
         """Start it; stderr is kept."""
         command = [sys.executable, "-m", "entrypoints.train", "--config", "config.yaml", *flags]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
         environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
-            [*command, "--launch", "ddp", "--processes", "2"],
+            [*command, "--launch", launch, "--processes", "2"],
             cwd=self.folder,
             env=environment,
             stdout=subprocess.DEVNULL,
@@ -82,14 +82,18 @@ def launcher(small_config_at: Callable[[Path], RunConfig], tmp_path: Path) -> La
 
 
 @pytest.mark.slow
-def test_a_launched_run_finishes(launcher: Launcher) -> None:
-    process = launcher.start()
+@pytest.mark.parametrize("launch", ["ddp", "zero3"])
+def test_a_launched_run_finishes(launch: str, launcher: Launcher) -> None:
+    """And is registered: a base that is loaded behind ZeRO-3's engine is no business of the other ranks."""
+    process = launcher.start(launch=launch)
     assert told(process) == []
     assert process.returncode == 0
     run = launcher.run()
     assert run.info.status == "FINISHED"
     assert run.data.params["cfg/runtime.num_processes"] == "2"
     assert launcher.steps()[-1] == 6
+    (version,) = MlflowClient(f"sqlite:///{launcher.folder}/mlflow.db").search_model_versions("name='dfu-sampler'")
+    assert version.run_id == run.info.run_id
 
 
 @pytest.mark.slow

@@ -93,9 +93,10 @@ ZERO2 = {
     "DS_ACCELERATOR": "cpu",
 }
 
+ZERO3 = {**ZERO2, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
-sharded = pytest.mark.parametrize("launcher", [ZERO2, FSDP2], ids=["zero2", "fsdp2"])
+sharded = pytest.mark.parametrize("launcher", [ZERO2, ZERO3, FSDP2], ids=["zero2", "zero3", "fsdp2"])
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +195,9 @@ def test_shards_train_checkpoint_resume_and_evaluate(
     assert alone.run().data.params["trainable_fraction"] == pair.run().data.params["trainable_fraction"]
 
 
+@pytest.mark.parametrize("launcher", [ZERO3, FSDP2], ids=["zero3", "fsdp2"])
 def test_adapters_in_shards_go_on_in_one_process_and_back(
-    small_config_at: Callable[[Path], RunConfig], tmp_path: Path
+    small_config_at: Callable[[Path], RunConfig], tmp_path: Path, launcher: Mapping[str, str]
 ) -> None:
     train = {"epochs": 3, "steps_per_epoch": 3}
     whole = merge(CHANGE, {"adapter": {"method": "lora", "rank": 3}, "train": train, "resume": "latest"})
@@ -203,9 +205,9 @@ def test_adapters_in_shards_go_on_in_one_process_and_back(
     assert one(whole) == [0]
     folder = tmp_path / "changing"
     pair, single = Launch(small_config_at, folder, 2), Launch(small_config_at, folder, 1)
-    assert pair(merge(whole, {"train": {"epochs": 1}}), FSDP2) == [0, 0]
+    assert pair(merge(whole, {"train": {"epochs": 1}}), launcher) == [0, 0]
     assert single(merge(whole, {"train": {"epochs": 2}})) == [0]
-    assert pair(whole, FSDP2) == [0, 0]
+    assert pair(whole, launcher) == [0, 0]
     assert len(pair.curve("step/loss")) == 9
     same(one, pair, "step/loss", 1e-5)
     same(one, pair, "model/displacement", 1e-4)
@@ -240,3 +242,17 @@ def test_shards_in_bf16_with_the_perceptual_term_learn_what_one_process_does(
     same(one, pair, "step/loss", 1e-2)
     ((_, share),) = pair.curve("train/grad_share_perceptual")  # the mean of each rank's own, so not that of one process
     assert 0 < share < 1
+
+
+@pytest.mark.parametrize("launcher", [ZERO3, FSDP2], ids=["zero3", "fsdp2"])
+def test_a_frozen_base_in_bf16_is_shared_out_beside_its_adapters(
+    small_config_at: Callable[[Path], RunConfig], tmp_path: Path, launcher: Mapping[str, str]
+) -> None:
+    adapter = {"method": "lora", "rank": 3, "frozen_dtype": "bfloat16"}
+    train = {"epochs": 1, "steps_per_epoch": 3, "mixed_precision": "bf16"}
+    change = merge(CHANGE, {"adapter": adapter, "train": train})
+    one, pair = Launch(small_config_at, tmp_path / "one", 1), Launch(small_config_at, tmp_path / "pair", 2)
+    assert one(change) == [0]
+    assert pair(change, launcher) == [0, 0]
+    same(one, pair, "step/loss", 1e-2)
+    same(one, pair, "val/loss", 1e-2)

@@ -6,7 +6,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from dfu_mlflow.config import RunConfig
-from dfu_mlflow.engines import check_launch
+from dfu_mlflow.engine_choice import check_launch
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.launch import FOLDER, launch_names, launch_options
 from dfu_mlflow.pipeline import run_training
@@ -25,7 +25,7 @@ def test_every_launch_is_a_configuration_that_accelerate_reads(name: str) -> Non
 @pytest.mark.parametrize(
     ("launch", "processes", "message"),
     [
-        ("ddpp", "2", "--launch ddpp: unknown; none, ddp, fsdp2, zero2 are known"),
+        ("ddpp", "2", "--launch ddpp: unknown; none, ddp, fsdp2, zero2, zero3 are known"),
         ("ddp", "one", "--processes one: a whole number from 2"),
         ("ddp", "1", "--processes 1: a whole number from 2"),
         ("ddp", "", "--processes 2"),
@@ -66,6 +66,15 @@ def test_what_cannot_be_sharded_is_refused_before_the_run(
     train = small_config.train.model_copy(update={"optimizer": "adafactor"})
     with pytest.raises(UserError, match=r"--train.optimizer adafactor .* needs --launch ddp"):
         check_launch(train)
+
+
+def test_a_stage_of_deepspeed_that_shares_nothing_out_is_refused(
+    small_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "1")
+    with pytest.raises(UserError, match="launch with zero2, zero3 or ddp"):
+        check_launch(small_config.train)
 
 
 def test_compiling_is_refused_with_shards_and_without_a_compiler(
