@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "batches",
+        "engine_choice",
         "engines",
         "evaluator",
         "history",
@@ -42,6 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "progress",
         "resume",
         "shards",
+        "zero",
         "subject",
         "trainer",
         "verdict",
