@@ -126,6 +126,15 @@ def fitting(config: RunConfig, subject: Subject) -> RunConfig:
     return config.model_copy(update={"evaluation": evaluation})
 
 
+def as_drawn(config: RunConfig, subject: Subject) -> RunConfig:
+    """The configuration with the sampling settings that the subject brings along: a study may have changed them."""
+    if subject.sampler is None:
+        return config
+    brought = asdict(subject.sampler.settings) | {"batch_size": subject.sampler.batch_size}
+    known = {name: brought[name] for name in type(config.sampling).model_fields if name in brought}
+    return config.model_copy(update={"sampling": config.sampling.model_copy(update=known)})
+
+
 class Evaluation:
     """What an evaluation writes to MLflow and into its report."""
 
@@ -145,8 +154,9 @@ class Evaluation:
         split = self.observer.material.source.split
         identities = "; ".join(self.identities())
         settings = {"source": self.origin.source, "evaluated": subject.name, "metric_identity": identities}
-        self.tracker.params(self.config, settings)
-        self.tracker.text("config.yaml", dump_yaml(self.config))
+        config = as_drawn(self.config, subject)
+        self.tracker.params(config, settings)
+        self.tracker.text("config.yaml", dump_yaml(config))
         links = {
             "evaluated.run_id": self.origin.run_id,
             "evaluated.model_id": self.origin.model_id,

@@ -15,6 +15,7 @@ from dfu_mlflow.config import RunConfig, load
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.pipeline import run_training
 from dfu_mlflow.sampling import Sampler
+from registry.promote import PromoteOptions, promote
 from registry.publish import publish
 from registry.source import locate
 from tuning.summary import best_trials
@@ -105,3 +106,20 @@ def test_a_study_goes_on_with_the_version_its_alias_stood_for(
     assert study.user_attrs["made_for"]["source"] == "models:/dfu-sampler/1"
     with pytest.raises(UserError, match="source was models:/dfu-sampler/1, is models:/dfu-sampler/2"):
         tune(str(workplace / "study.yaml"), [*flags, "--tune.source", "models:/dfu-sampler/2"])
+
+
+def test_the_winner_goes_through_the_gate_with_its_own_settings(
+    searched: tuple[optuna.Study, list[str]],
+) -> None:
+    """Against the version it was tuned from: the same weights, so that only the settings can make a difference."""
+    client = MlflowClient()
+    client.set_registered_model_alias("dfu-sampler", "champion", "1")
+    outcome = promote(PromoteOptions(model="models:/dfu-sampler/2"), None, ["--gates.loads.enabled", "false"])
+    tags = client.get_model_version("dfu-sampler", "2").tags
+    assert tags["gate.rival"] == "1"
+    assert tags["gate.status"] == ("passed" if outcome.promoted else "refused")
+    assert tags["gate/eval/kid"] == tags["eval/kid"], "as the study drew it"
+    wanted = best_trials(searched[0])[0].params
+    logged = client.get_run(tags["gate.run_id"]).data.params
+    assert {name: float(logged[f"cfg/{name}"]) for name in wanted} == pytest.approx(wanted)
+    assert float(tags["gate/champion/eval/kid"]) != float(tags["gate/eval/kid"])
