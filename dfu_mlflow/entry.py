@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dfu_mlflow.errors import Interrupted, UserError
+from dfu_mlflow.lean_imports import leave_out_triton
 
 USER_ERROR_CODE = 2
 INTERRUPTED_CODE = 130
@@ -59,6 +60,7 @@ def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = 
     # A clinic's network is closed and its runs are private: MLflow reports usage unless told not to.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one bar for each small file otherwise
+    leave_out_triton()
     try:
         return main(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:

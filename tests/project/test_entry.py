@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import pytest
+import torch
 
 from dfu_mlflow import entry
 from dfu_mlflow.errors import ConfigError, Interrupted, UserError
@@ -96,3 +99,15 @@ def test_usage_is_not_reported_unless_the_user_says_so(monkeypatch: pytest.Monke
     assert entry.run(main, ["true"]) == 1
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "false")
     assert entry.run(main, ["false"]) == 1
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="with an accelerator triton has work to do")
+def test_a_process_without_an_accelerator_does_not_load_triton() -> None:
+    program = (
+        "import sys; from dfu_mlflow import entry\n"
+        "def main(_):\n"
+        "    import deepspeed, diffusers.models.unets.unet_2d_condition, peft, transformers.masking_utils\n"
+        "    return 3 + ('torch._dynamo' in sys.modules) + 2 * ('triton.language' in sys.modules)\n"
+        "sys.exit(entry.run(main, []))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], timeout=120, check=False).returncode == 4
