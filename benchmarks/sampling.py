@@ -3,7 +3,7 @@
 Draws 64 pictures of the embedded base with `Sampler` and with the stock `StableDiffusionXLPipeline` called in batches
 of 8: same prompts, noise of the seeds, solver, steps and guidance, in turns, so that a busy machine slows both. The
 stock pipeline encodes its prompts at each call, as its users do. Ends with 1 where the gain is too small or pictures
-differ.
+differ. `--compile` measures `Sampler.compile` as well, which takes minutes at its first batch.
 """
 
 from __future__ import annotations
@@ -40,6 +40,12 @@ class Work:
     labels: tuple[str, ...]
     seeds: tuple[int, ...]
     settings: Settings
+
+
+def build_sampler(settings: Settings, batch_size: int) -> Sampler:
+    """The embedded base with the minimal prompts."""
+    pipe = load_base("tiny_sdxl")
+    return Sampler(pipe, encode_prompts(pipe, dict(MINIMAL), ""), settings, batch_size)
 
 
 def stock(pipe: Pipeline, work: Work) -> np.ndarray:
@@ -102,6 +108,23 @@ def compare(sampler: Sampler, work: Work, repeats: int) -> bool:
     return bool(same and fast)
 
 
+def compare_compiled(sampler: Sampler, compiled: Sampler, work: Work, repeats: int) -> None:
+    """Print what compiling costs once, and the plain and the compiled sampler's times, in turns."""
+    compiled.compile(compiled.batch_size)
+    first_s, *_ = timed(lambda: compiled.draw(work.labels[:1], work.seeds[:1]))
+    ratios = []
+    for _ in range(repeats):
+        plain_s, _, expected = timed(lambda: sampler.draw(work.labels, work.seeds))
+        compiled_s, _, images = timed(lambda: compiled.draw(work.labels, work.seeds))
+        ratios.append(compiled_s / plain_s)
+    apart = np.abs(images.astype(int) - expected.astype(int))
+    said_ratios = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    print(
+        f"compiled: {statistics.median(ratios):.2f} of the plain sampler's time ({said_ratios}) after {first_s:.0f} s; "
+        f"at most {apart.max()} 8-bit steps apart, on {(apart > 0).mean():.4%} of values"
+    )
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run it; 0 where both targets are met."""
     own = SamplingConfig()
@@ -110,14 +133,18 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--batch_size", type=int, default=own.batch_size, help="ours")
     parser.add_argument("--steps", type=int, default=own.num_inference_steps)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="ours once more, compiled")
     chosen = parser.parse_args(arguments)
     print(f"{machine('torch')}, {chosen.steps} steps")
     size = (RESOLUTION_PX, RESOLUTION_PX)
     settings = Settings(own.guidance_scale, chosen.steps, RESOLUTION_PX, size, scheduler=own.scheduler)
-    pipe = load_base("tiny_sdxl")
-    sampler = Sampler(pipe, encode_prompts(pipe, dict(MINIMAL), ""), settings, chosen.batch_size)
+    sampler, compiled = (build_sampler(settings, chosen.batch_size) for _ in range(2))
     labels = tuple("IPR"[number % 3] for number in range(chosen.pictures))
-    return 0 if compare(sampler, Work(labels, tuple(range(chosen.pictures)), settings), chosen.repeats) else 1
+    work = Work(labels, tuple(range(chosen.pictures)), settings)
+    good = compare(sampler, work, chosen.repeats)
+    if chosen.compile:
+        compare_compiled(sampler, compiled, work, chosen.repeats)
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

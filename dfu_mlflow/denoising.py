@@ -8,7 +8,7 @@ get the output layer's answer to zeros, and half of the cross-attention is not c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,9 +62,25 @@ class Solver:
 
 
 def denoise(
-    unet: Any, solver: Solver, steps: int, noise: torch.Tensor, prompts: Conditioning, guidance: Guidance | None
+    unet: Any,
+    solver: Solver,
+    steps: int,
+    noise: torch.Tensor,
+    prompts: Conditioning,
+    guidance: Guidance | None,
+    keep_prompts: bool = True,
 ) -> torch.Tensor:
-    """Solve from standard normal noise [B, C, h, w] to latents of the same shape; guidance None: prompts alone."""
+    """Solve from standard normal noise to latents.
+
+    Args:
+        noise: [B, C, h, w].
+        guidance: None takes the prompts alone.
+        keep_prompts: let cross-attention keep its keys and values from step to step; a compiled UNet, in which this
+            state would have to be compiled anew, goes without.
+
+    Returns:
+        Latents of the noise's shape.
+    """
     scheduler, dtype = solver.scheduler, noise.dtype
     scheduler.set_timesteps(steps)  # on the host: what a solver reads of them at each step is no synchronisation
     if hasattr(scheduler, "set_begin_index"):
@@ -73,7 +89,7 @@ def denoise(
     embeddings = told.embeddings.to(dtype)
     added = {"text_embeds": told.pooled.to(dtype), "time_ids": told.time_ids.to(dtype)}
     latents: torch.Tensor = noise * scheduler.init_noise_sigma
-    with _fixed_prompts(unet):
+    with _fixed_prompts(unet) if keep_prompts else nullcontext():
         for timestep in scheduler.timesteps:
             rows = latents if guidance is None else torch.cat([latents] * 2)
             rows = scheduler.scale_model_input(rows, timestep)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +14,7 @@ from dfu_mlflow.engines import Engine, FusedEngine
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.fused import BackwardOptimizer
 from dfu_mlflow.ranks import uses_deepspeed, uses_fsdp
+from dfu_mlflow.runtime import require_compiler
 from dfu_mlflow.shards import ShardEngine, plain_accelerator
 from dfu_mlflow.zero import PartitionEngine, ZeroEngine
 
@@ -42,8 +42,8 @@ def check_launch(train: TrainConfig, processes: int = 1) -> None:
         )
     if train.compile and shards:
         raise UserError(f"--train.compile is not tried with shards: --launch {shards} needs --train.compile false")
-    if train.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise UserError("--train.compile needs a C++ compiler: install g++, or name one in CXX")
+    if train.compile:
+        require_compiler("train.compile")
     if shards and (train.optimizer != "adamw" or train.mixed_precision == "fp16"):
         raise UserError(
             f"--launch {shards} shards AdamW in float32 or bf16: --train.optimizer {train.optimizer} with "

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable
 from importlib import metadata
@@ -96,6 +97,16 @@ def release_memory() -> None:
     """Give back what nobody holds any more; trainings are full of cycles."""
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def require_compiler(flag: str) -> None:
+    """`torch.compile` builds C++ for a CPU, and the launcher of its kernels for a GPU.
+
+    Raises:
+        UserError: naming the flag that asks for it, where no compiler is found.
+    """
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise UserError(f"--{flag} needs a C++ compiler: install g++, or name one in CXX")
 
 
 def pick_devices(names: str) -> tuple[torch.device, ...]:

@@ -117,7 +117,9 @@ def _draw_batch(
         guidance = Guidance(empty, scales.to(noise.device), settings.guidance_rescale)
     scheduler = build_scheduler(dict(pipe.scheduler.config), settings.scheduler, settings.prediction_type)
     solver = Solver(scheduler, _step_keywords(scheduler, sources), after_step)
-    latents = denoise(pipe.unet, solver, settings.num_inference_steps, noise, prompts, guidance)
+    latents = denoise(
+        pipe.unet, solver, settings.num_inference_steps, noise, prompts, guidance, keep_prompts=not sampler.filled_to
+    )
     pixels: np.ndarray = decode(pipe.vae, latents).numpy()
     return pixels
 
@@ -165,6 +167,9 @@ class Sampler:
         conditioner: its encoded prompts.
         settings: the defaults.
         batch_size: images drawn at a time.
+
+    Attributes:
+        filled_to: batches are filled up to this many rows before they are drawn; 0 leaves them as they are.
     """
 
     def __init__(self, pipe: Pipeline, conditioner: Conditioner, settings: Settings, batch_size: int) -> None:
@@ -172,6 +177,17 @@ class Sampler:
         self.conditioner = conditioner
         self.settings = settings
         self.batch_size = batch_size
+        self.filled_to = 0
+
+    def compile(self, batch_size: int) -> None:
+        """Let `torch.compile` make the UNet's kernels: minutes at the first batch, shorter ones from then on.
+
+        Args:
+            batch_size: rows of each batch from now on, at most the sampler's own: smaller ones are filled up, since
+                another size would be compiled anew.
+        """
+        self.batch_size = self.filled_to = min(batch_size, self.batch_size)
+        self.pipe.unet.compile()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -240,7 +256,10 @@ class Sampler:
         def images_of(rows: slice) -> np.ndarray:
             if between_batches is not None:
                 between_batches()
-            return _draw_batch(self, class_ids[rows], seeds[rows], settings, scales[rows], between_steps)
+            ids = list(range(*rows.indices(len(seeds))))
+            ids += ids[-1:] * (self.filled_to - len(ids))
+            drawn = _draw_batch(self, class_ids[ids], [seeds[row] for row in ids], settings, scales[ids], between_steps)
+            return drawn[: rows.stop - rows.start]
 
         return np.concatenate(in_slices(len(seeds), self.batch_size, images_of))
 

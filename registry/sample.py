@@ -18,7 +18,7 @@ from dfu_mlflow.config.load import merge, validate
 from dfu_mlflow.config.section import Positive, Section
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.interrupt import StopRequest
-from dfu_mlflow.runtime import derive_seed, pick_devices
+from dfu_mlflow.runtime import derive_seed, pick_devices, require_compiler
 from dfu_mlflow.sampling import Sampler, Settings
 from registry.picture import picture_facts, png
 from registry.picture_checks import COLOUR, COPY, Photographs, PictureChecks, Verdict
@@ -39,6 +39,9 @@ class CountSection(Section):
     """Pictures drawn at a time; None takes the model's own. With 1 the files equal those that the server gives to a
     lone client byte for byte; with more, sums are rounded in another order: at most one 8-bit step on 0.1 % of the
     pixels."""
+    compile: bool = False
+    """`torch.compile` the UNet: minutes at the start, shorter batches; needs a C++ compiler. For thousands of pictures.
+    They differ by rounding, as with another `batch_size`."""
     filter_copies: bool = True
     """Drop and draw again what is nearer to a training photograph than chance explains; needs the photographs."""
     filter_colour: bool = True
@@ -100,6 +103,8 @@ def sample(config: SampleConfig) -> Sampled:
             copies are to be filtered, or a folder that holds other pictures.
         Interrupted: after Ctrl-C or SIGTERM; what is drawn stays.
     """
+    if config.sample.compile:
+        require_compiler("sample.compile")
     located = _locate(config.model)
     devices = pick_devices(config.device)
     pool = SamplerPool.load(located.folder, devices)
@@ -108,6 +113,8 @@ def sample(config: SampleConfig) -> Sampled:
     settings = _settings(config, pool.first, str(located.version), counts)
     settings["photographs"] = None if photographs is None else photographs.digest
     check_folder(config.output_dir, settings)
+    if config.sample.compile:
+        pool.compile(int(settings["batch_size"]))
     filters = [name for name, on in ((COPY, config.sample.filter_copies), (COLOUR, config.sample.filter_colour)) if on]
     with StopRequest() as stop, SampleFolder(config.output_dir, settings) as folder:
         filling = Filling(pool, PictureChecks(photographs, filters), folder, settings)
@@ -273,6 +280,7 @@ def _settings(config: SampleConfig, sampler: Sampler, model: str, counts: Mappin
         "num_inference_steps": own.num_inference_steps if steps is None else steps,
         "scheduler": own.scheduler,
         "batch_size": config.sample.batch_size or sampler.batch_size,
+        "compile": config.sample.compile,
         "filter_copies": config.sample.filter_copies,
         "filter_colour": config.sample.filter_colour,
         "max_draws_ratio": config.sample.max_draws_ratio,

@@ -42,6 +42,11 @@ class SamplerPool:
         """For what is the same on all of them."""
         return self.samplers[0]
 
+    def compile(self, batch_size: int) -> None:
+        """`Sampler.compile` on each device."""
+        for sampler in self.samplers:
+            sampler.compile(batch_size)
+
     def draw(self, batches: Iterable[Batch], settings: Settings) -> Iterator[np.ndarray]:
         """Pictures uint8 [N, H, W, 3] of each batch; a batch is taken up when a device is about to be free for it."""
         asked = settings.guidance_scale, settings.num_inference_steps

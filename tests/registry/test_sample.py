@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from dfu_mlflow.config import RunConfig, load
 from dfu_mlflow.config.load import merge, validate
@@ -179,6 +181,26 @@ def test_files_do_not_depend_on_the_devices(
 ) -> None:
     assert sample(filtered(tmp_path, trained[1], "--device", devices, "--sample.batch_size", "3")).complete
     assert content(tmp_path) == unbroken
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_compiled_model_is_compiled_once_and_draws_the_same_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs, compile_module = CompileCounter(), nn.Module.compile  # runs what was captured; left out is g++ alone
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_module(module, backend=graphs))
+    flags = (*OPEN, "--sample.batch_size", "3", "--sample.filter_colour", "false", "--sample.per_class", "5")
+    for name, compiled in (("plain", "false"), ("compiled", "true")):
+        assert sample(config(tmp_path / name, *flags, "--sample.compile", compiled)).complete
+    assert graphs.frame_count == 1
+    for row in rows_of(tmp_path / "plain"):
+        plain, compiled_picture = (
+            np.asarray(Image.open(tmp_path / name / row["path"])).astype(int) for name in ("plain", "compiled")
+        )
+        assert np.abs(plain - compiled_picture).max() <= 1
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"--sample\.compile needs a C\+\+ compiler"):
+        sample(config(tmp_path / "none", "--sample.compile", "true"))
 
 
 class Killed(BaseException):
