@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
 
 import torch
 
+from dfu_mlflow.alone import alone
 from dfu_mlflow.base.adapters import attach, store_frozen
 from dfu_mlflow.base.load import give_up_text_encoders, resolve_base
 from dfu_mlflow.base.origin import Origin
@@ -78,9 +81,15 @@ def run_training(
             folder = resumed_from.parent.parent if resumed_from else config.output_dir
             return train(Participant(config, equipment, ranks, folder, {}), checkpoint)
         given = supervisor.run_id if supervisor else None
-        # Explained inside the MLflow run: its `exit.reason` is to name the rank that is missing.
-        with track(config, checkpoint.state["run_id"] if checkpoint else given) as tracker, ranks.explained():
+        with ExitStack() as open_run:
+            if resumed_from:
+                open_run.enter_context(_trained_by_one(resumed_from.parent.parent))
+            tracker = open_run.enter_context(track(config, checkpoint.state["run_id"] if checkpoint else given))
+            # Explained inside the MLflow run: its `exit.reason` is to name the rank that is missing.
+            open_run.enter_context(ranks.explained())
             folder = resumed_from.parent.parent if resumed_from else config.output_dir / tracker.run_id[:8]
+            if not resumed_from:
+                open_run.enter_context(_trained_by_one(folder))
             run = TrainingRun(config, equipment, tracker, ranks, folder, supervisor)
             run.describe(digest)
             result = train(run, checkpoint)
@@ -89,6 +98,13 @@ def run_training(
             if publish is not None:
                 publish(result)
     return result
+
+
+def _trained_by_one(folder: Path) -> AbstractContextManager[None]:
+    return alone(
+        folder / ".training.lock",
+        f"the run in {folder} is being trained by another process: wait for it, or resume another run",
+    )
 
 
 def train(run: Participant, checkpoint: Checkpoint | None) -> TrainingResult:

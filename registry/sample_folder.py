@@ -12,10 +12,10 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
-
+from dfu_mlflow.alone import alone
 from dfu_mlflow.errors import UserError
 
 MANIFEST, REJECTED, SETTINGS = "manifest.csv", "rejected.csv", "sampling.json"
@@ -50,21 +50,19 @@ class SampleFolder:
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder = folder
         check_folder(folder, settings)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(folder / ".sampling.lock")
+        self._alone = alone(folder / ".sampling.lock", f"--output_dir {folder} is being filled by another process")
         self._settings = dict(settings)
 
     def __enter__(self) -> SampleFolder:
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"--output_dir {self.folder} is being filled by another process") from None
+        self._alone.__enter__()
         if not (self.folder / SETTINGS).exists():
             _replace(self.folder / SETTINGS, json.dumps(self._settings, indent=1, ensure_ascii=False))
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._alone.__exit__(kind, error, trace)
 
     def decided(self) -> dict[tuple[str, int], bool]:
         """(class, number) of every picture that was drawn -> whether it was kept; half-written lines are forgotten."""

@@ -11,13 +11,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import mlflow
 import pytest
 import torch
+from filelock import FileLock
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
+from dfu_mlflow.errors import UserError
+from dfu_mlflow.pipeline import run_training
 
 Watch = Callable[[Path], bool]
 
@@ -138,3 +142,18 @@ def test_killed_and_resumed_equals_unbroken(
         assert curve(mine, key) == curve(store, key), key
     assert [step for step, _ in curve(mine, "step/loss")] == list(range(1, 25))
     assert reported_epochs(mine) == ["0, 1, 2"] * 3, "a class each: the report shows what came before the kill too"
+
+
+def test_a_run_that_another_process_trains_is_left_alone(
+    unbroken: tuple[dict[str, object], Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree, folder, store = unbroken
+    (run_folder,) = (folder / "out").iterdir()
+    monkeypatch.chdir(folder)
+    mlflow.set_tracking_uri(store)
+    try:
+        with FileLock(run_folder / ".training.lock"), pytest.raises(UserError, match="trained by another process"):
+            run_training(validate(RunConfig, merge(tree, {"resume": "latest"})))
+    finally:
+        mlflow.set_tracking_uri(None)
+    assert curve(store, "epoch"), "its status is not touched"

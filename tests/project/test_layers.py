@@ -16,7 +16,19 @@ MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 60
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("config", "documents", "entry", "errors", "interrupt", "launch", "lean_imports", "ranks", "runtime", "types"),
+    (
+        "alone",
+        "config",
+        "documents",
+        "entry",
+        "errors",
+        "interrupt",
+        "launch",
+        "lean_imports",
+        "ranks",
+        "runtime",
+        "types",
+    ),
     ("base", "conditioning", "data", "denoising", "ema", "fused", "optimizers", "schedules"),
     (
         "activations",

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from mlflow import MlflowClient
 from tqdm import tqdm
 
+from dfu_mlflow.alone import alone
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import dump_yaml, merge, parse_flags, read_tree, validate
 from dfu_mlflow.config.study import Plan, read_plan
@@ -59,7 +59,8 @@ def study(plan_name: str, config_name: str, flags: Sequence[str]) -> list[str]:
     experiment = lay_out(plan, config)
     read_source(config)
     facts = {"plan": plan.model_dump(mode="json"), "config": common_settings(config)}
-    with StopRequest() as stop, alone_in(config.output_dir):
+    busy = f"another process works on the study in {config.output_dir}: wait for it, or give another --output_dir"
+    with StopRequest() as stop, alone(config.output_dir / LOCK, busy):
         journal = Journal(config.output_dir, facts)
         parent = open_parent(name, config, plan, journal)
         with closing(parent):
@@ -71,27 +72,6 @@ def study(plan_name: str, config_name: str, flags: Sequence[str]) -> list[str]:
         client.set_tag(parent, REASON_TAG, "finished")
         client.set_terminated(parent, "FINISHED")
     return said
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """One process at a time writes a study's journal; the system frees the lock of a process that dies.
-
-    Raises:
-        UserError: while another process works on the study.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"another process works on the study in {folder}: wait for it, or give another --output_dir"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager
