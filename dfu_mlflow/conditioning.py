@@ -18,6 +18,8 @@ from dfu_mlflow.runtime import move
 from dfu_mlflow.types import Conditioning, Pipeline
 
 TOKENS = 77
+UNCONDITIONAL = None
+"""In place of a text: what guidance compares with where no negative prompt is given."""
 FED = "text_embeddings.safetensors"
 """What training told the network, in a run's folder."""
 
@@ -120,21 +122,21 @@ def encode_prompts(
         cache: embeddings by text and encoder weights; None encodes anew.
     """
     texts = list(prompts.values())
-    rows = _rows(pipe, [*texts, negative_prompt] if negative_prompt else texts, cache)
+    rows = _rows(pipe, [UNCONDITIONAL, *texts, *([negative_prompt] if negative_prompt else [])], cache)
     width = rows.shape[1] - int(pipe.text_encoder_2.config.projection_dim)
     embeddings = rows[:, :width].reshape(len(rows), TOKENS, -1).clone()
     pooled = rows[:, width:].clone()
-    empty_embeddings, empty_pooled = _unconditional(pipe)
-    count = len(texts)
+    negative = slice(-1, None) if negative_prompt else slice(1)
+    prompted = slice(1, 1 + len(texts))
     return Conditioner(
         classes=tuple(prompts),
         prompts=tuple(texts),
-        embeddings=embeddings[:count],
-        pooled=pooled[:count],
-        empty_embeddings=empty_embeddings,
-        empty_pooled=empty_pooled,
-        negative_embeddings=embeddings[count:] if negative_prompt else empty_embeddings,
-        negative_pooled=pooled[count:] if negative_prompt else empty_pooled,
+        embeddings=embeddings[prompted],
+        pooled=pooled[prompted],
+        empty_embeddings=embeddings[:1],
+        empty_pooled=pooled[:1],
+        negative_embeddings=embeddings[negative],
+        negative_pooled=pooled[negative],
     )
 
 
@@ -143,31 +145,30 @@ def prompt_length(pipe: Pipeline, prompts: Sequence[str]) -> int:
     return max(len(pipe.tokenizer(prompt).input_ids) for prompt in prompts)
 
 
-def _rows(pipe: Pipeline, texts: list[str], cache: EmbeddingCache | None) -> torch.Tensor:
-    """[K, L * D + P]: embeddings and pooled side by side, one row a text."""
+def _rows(pipe: Pipeline, texts: Sequence[str | None], cache: EmbeddingCache | None) -> torch.Tensor:
+    """[K, L * D + P]: embeddings and pooled side by side, one row a text or `UNCONDITIONAL`."""
 
     def compute(positions: list[int]) -> torch.Tensor:
         return torch.stack([_encode(pipe, texts[position]) for position in positions])
 
     if cache is None:
         return compute(list(range(len(texts))))
-    keys = [_tokens_key(pipe, text) for text in texts]
+    keys = [_key(pipe, text) for text in texts]
     return cache.rows.rows(f"embeddings-{''.join(digest[:16] for digest in cache.encoders)}", keys, compute)
 
 
-def _tokens_key(pipe: Pipeline, text: str) -> str:
-    """The token ids say what the encoders see, whatever vocabulary made them."""
-    ids = [pipe.tokenizer(text).input_ids, pipe.tokenizer_2(text).input_ids]
+def _key(pipe: Pipeline, text: str | None) -> str:
+    """The token ids say what the encoders see, whatever vocabulary made them; some bases put zeros for no prompt."""
+    ids: list[Any] = [tokenizer(text or "").input_ids for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)]
+    if text is UNCONDITIONAL:
+        ids.append(("unconditional", bool(pipe.config.force_zeros_for_empty_prompt)))
     return hashlib.sha256(repr(ids).encode()).hexdigest()
 
 
 @torch.no_grad()
-def _encode(pipe: Pipeline, text: str) -> torch.Tensor:
-    embeddings, _, pooled, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False)
+def _encode(pipe: Pipeline, text: str | None) -> torch.Tensor:
+    if text is UNCONDITIONAL:
+        _, embeddings, _, pooled = pipe.encode_prompt("", negative_prompt=None, do_classifier_free_guidance=True)
+    else:
+        embeddings, _, pooled, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False)
     return torch.cat([embeddings[0].flatten(), pooled[0]]).float().cpu()
-
-
-@torch.no_grad()
-def _unconditional(pipe: Pipeline) -> tuple[torch.Tensor, torch.Tensor]:
-    _, embeddings, _, pooled = pipe.encode_prompt("", negative_prompt=None, do_classifier_free_guidance=True)
-    return embeddings.float().cpu(), pooled.float().cpu()

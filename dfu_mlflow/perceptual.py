@@ -7,7 +7,7 @@ predictions from low noise are decoded: above it the predicted image is an avera
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from torch import nn
 
 from dfu_mlflow.config.schema import PerceptualLossConfig
 from dfu_mlflow.errors import UserError
+
+GRADIENT_NORMS = ("grad_norm_diffusion", "grad_norm_perceptual")
+"""Of the two loss terms, as `gradient_norms` measures them."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -133,8 +136,8 @@ def _vgg16(weights: Path | None, layer: int) -> nn.Module:
     return nn.Sequential(*kept)
 
 
-def gradient_shares(terms: dict[str, torch.Tensor], weights: list[nn.Parameter]) -> dict[str, float]:
-    """Each term's share of the summed gradient norms; a term that has no gradient gets 0.
+def gradient_norms(terms: Mapping[str, torch.Tensor], weights: Sequence[nn.Parameter]) -> dict[str, float]:
+    """Norm of each term's gradient; a term that has none gets 0.
 
     Args:
         terms: name -> scalar loss, all of one graph.
@@ -145,7 +148,15 @@ def gradient_shares(terms: dict[str, torch.Tensor], weights: list[nn.Parameter])
         if not loss.requires_grad:
             norms[name] = 0.0
             continue
-        gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(loss, list(weights), retain_graph=True, allow_unused=True)
         norms[name] = sum(float(g.double().pow(2).sum()) for g in gradients if g is not None) ** 0.5
-    total = sum(norms.values())
-    return {name: norm / total if total else 0.0 for name, norm in norms.items()}
+    return norms
+
+
+def with_gradient_share(figures: Mapping[str, float]) -> dict[str, float]:
+    """`GRADIENT_NORMS`, where they are among the figures, become the perceptual term's share of their sum."""
+    if not set(GRADIENT_NORMS) <= figures.keys():
+        return dict(figures)
+    others = {name: value for name, value in figures.items() if name not in GRADIENT_NORMS}
+    diffusion, perceptual = (figures[name] for name in GRADIENT_NORMS)
+    return {**others, "grad_share_perceptual": perceptual / (diffusion + perceptual) if perceptual else 0.0}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +26,7 @@ from dfu_mlflow.engine_choice import build_engine
 from dfu_mlflow.errors import Interrupted, UserError
 from dfu_mlflow.fused import BackwardOptimizer
 from dfu_mlflow.objective import LossTerms, Objective
-from dfu_mlflow.perceptual import gradient_shares
+from dfu_mlflow.perceptual import GRADIENT_NORMS, gradient_norms, with_gradient_share
 from dfu_mlflow.ranks import Ranks
 from dfu_mlflow.runtime import derive_seed
 from dfu_mlflow.schedules import lr_factor
@@ -190,7 +190,7 @@ class Trainer:
         started = time.perf_counter()
         rate = self.set_learning_rate()
         batches = self.reader.of_step(self.progress.epoch, position)
-        figures = self.gradient_figures(batches[0]) if position == 0 else {}
+        figures = self.gradient_norms(batches) if position == 0 else {}
         queued = [self.forward_backward(batch, last=batch is batches[-1]) for batch in batches]
         if position + 1 < self.steps_per_epoch and self.accelerator.device.type == "cuda":
             self.reader.fetch(self.progress.epoch, position + 1)  # while the device computes; a CPU has nothing to gain
@@ -198,7 +198,7 @@ class Trainer:
         losses = [{key: float(value) for key, value in loss.items()} for loss in queued]
         seconds = time.perf_counter() - started
         figures |= {key: sum(loss[key] for loss in losses) / len(losses) for key in losses[0]}
-        figures = self.ranks.mean(figures)
+        figures = with_gradient_share(self.ranks.mean(figures))
         self.account(figures, norm, [name for batch in batches for name in batch.names])
         if math.isfinite(norm):
             step_figures = {"step/loss": figures["loss"], "step/grad_norm": norm, "step/lr": rate}
@@ -257,15 +257,19 @@ class Trainer:
                 private=shown,
             )
 
-    def gradient_figures(self, batch: Batch) -> dict[str, float]:
-        """Share of the gradient norm that each loss term has, measured on the first micro-batch of the epoch."""
+    def gradient_norms(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Norm of each loss term's gradient, the mean over the micro-batches of the epoch's first step."""
         if self.parts.objective.perceptual is None:
-            return {"grad_share_perceptual": 0.0}
+            return dict.fromkeys(GRADIENT_NORMS, 0.0)
         with self.engine.whole() as weights:
-            terms = self.losses(batch, self.parts.unet)  # bare: an engine's hooks wait for a backward pass of their own
-            assert terms.perceptual is not None
-            named = {"diffusion": terms.diffusion.mean(), "perceptual": terms.perceptual.mean()}
-            return {"grad_share_perceptual": gradient_shares(named, list(weights.values()))["perceptual"]}
+            norms = [self._gradient_norms(batch, list(weights.values())) for batch in batches]
+        return {name: sum(each[name] for each in norms) / len(norms) for name in GRADIENT_NORMS}
+
+    def _gradient_norms(self, batch: Batch, weights: Sequence[nn.Parameter]) -> dict[str, float]:
+        terms = self.losses(batch, self.parts.unet)  # bare: an engine's hooks wait for a backward pass of their own
+        assert terms.perceptual is not None
+        named = zip(GRADIENT_NORMS, (terms.diffusion.mean(), terms.perceptual.mean()), strict=True)
+        return gradient_norms(dict(named), weights)
 
     def set_learning_rate(self) -> float:
         """Learning rate of the coming step."""

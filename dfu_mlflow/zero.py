@@ -19,6 +19,7 @@ from dfu_mlflow.checkpoint import Tensors
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.ema import copy_into
 from dfu_mlflow.engines import Engine
+from dfu_mlflow.errors import UserError
 
 
 class ZeroEngine(Engine):
@@ -28,10 +29,16 @@ class ZeroEngine(Engine):
     """
 
     KEYS = ("exp_avg", "exp_avg_sq")
+    STAGE = 2
 
     def _settle(self, unet: nn.Module) -> None:
         train, accelerator = self.train, self.accelerator
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        if (stage := settings["zero_optimization"]["stage"]) != self.STAGE:  # of a file that the launcher was given
+            raise UserError(
+                f"DeepSpeed's configuration asks for stage {stage}, the launcher for {self.STAGE}: launch with zero2 "
+                "or zero3, or state zero_stage beside deepspeed_config_file"
+            )
         settings["train_micro_batch_size_per_gpu"] = train.batch_size // accelerator.num_processes
         settings["gradient_accumulation_steps"] = train.gradient_accumulation_steps
         settings["gradient_clipping"] = train.max_grad_norm or 0.0
@@ -103,7 +110,8 @@ class ZeroEngine(Engine):
 
     @staticmethod
     def _autocast(accelerator: Accelerator) -> Any:
-        return torch.autocast(accelerator.device.type, dtype=torch.bfloat16)
+        """Without autocast's cache: it would keep a bf16 copy of each weight up to the end of the forward pass."""
+        return torch.autocast(accelerator.device.type, dtype=torch.bfloat16, cache_enabled=False)
 
 
 class PartitionEngine(ZeroEngine):
@@ -125,6 +133,8 @@ class PartitionEngine(ZeroEngine):
         super().__init__(accelerator, unet, weights, optimizer, config)
         unset_hf_deepspeed_config()  # transformers would cut up whatever is loaded from now on, and wait for all ranks
         weights.update({name: nn.Parameter(weight.ds_tensor.detach()) for name, weight in self.learning.items()})
+
+    STAGE = 3
 
     def _settle(self, unet: nn.Module) -> None:
         super()._settle(unet)

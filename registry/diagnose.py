@@ -214,6 +214,6 @@ def _write(name: str, diagnosis: Diagnosis, options: DiagnoseOptions, folder: Pa
                 report = read_text(run_id, REPORT)
                 client.log_text(run_id, html if report is None else with_section(report, section), REPORT)
                 set_tags(client, run_id, finding_tags(diagnosis))
-        except MlflowException as error:  # an hour of probes is not to be lost with it
+        except (MlflowException, OSError) as error:  # an hour of probes is not to be lost with it
             print(f"note: not written to MLflow, only to {folder}: {masked(error)}")
     return [folder / file for file in written]

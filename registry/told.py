@@ -14,11 +14,11 @@ from mlflow.exceptions import MlflowException
 
 from dfu_mlflow.checkpoint import CheckpointStore
 from dfu_mlflow.config import RunConfig, flatten, preset_names
-from dfu_mlflow.config.load import Tree, merge, read_tree, validate
+from dfu_mlflow.config.load import Tree, known_part, merge, read_tree, validate
 from dfu_mlflow.config.section import Section
 from dfu_mlflow.diagnosis.case import BEST_WEIGHTS_TAG, Life
 from dfu_mlflow.diagnosis.diagnose import Budget
-from dfu_mlflow.diagnosis.foreign import read_foreign, understood
+from dfu_mlflow.diagnosis.foreign import read_foreign
 from dfu_mlflow.errors import ConfigError, UserError
 from dfu_mlflow.subject import CHECKPOINTS, local_configuration
 from dfu_mlflow.tracking import HEARTBEAT_TAG
@@ -138,11 +138,14 @@ def tell_of_checkpoint(options: DiagnoseOptions, config_name: str | None) -> Tol
 def _own_configuration(tree: Tree) -> tuple[Tree, Mapping[str, Any], tuple[str, ...]]:
     """A configuration of this project, its settings, and a note where another version wrote it."""
     try:
-        return tree, flatten(validate(RunConfig, tree)), ()
-    except ConfigError:
-        kept = understood(tree)
-        left = f"another version wrote its configuration; left out of it: {', '.join(kept.unknown)}"
-        return kept.tree, kept.settings, (left,)
+        known, strange = known_part(RunConfig, tree)
+    except ConfigError as error:
+        raise UserError(
+            f"another version wrote the run's configuration, and this one refuses it: {error}; diagnose it with that "
+            "version, or give --checkpoint and a --config of its own"
+        ) from None
+    left = f"another version wrote its configuration; left out of it: {', '.join(strange)}"
+    return known, flatten(validate(RunConfig, known)), (left,) if strange else ()
 
 
 def _predicts(place: Path) -> str | None:

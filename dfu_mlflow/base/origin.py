@@ -40,9 +40,10 @@ class Origin:
         self._files: Mapping[str, Path] = {}
         self._copies: Mapping[str, torch.Tensor] = {}
         if self._full:
-            self._files = _files(unet)
-            if not self._files.keys() >= base.keys():
-                self._files = {}
+            files = _files(unet)  # they may hold more than the network took
+            if files.keys() >= base.keys():
+                self._files = {name: files[name] for name in base}
+            else:
                 self._copies = {name: weight.detach().cpu().clone() for name, weight in base.items()}
 
     @torch.no_grad()

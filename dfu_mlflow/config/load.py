@@ -91,6 +91,27 @@ def validate(model: type[Model], tree: Tree) -> Model:
         raise ConfigError(list(dict.fromkeys(problems))) from None
 
 
+def known_part(model: type[Model], tree: Tree) -> tuple[Tree, tuple[str, ...]]:
+    """The tree of another version without the settings, or values, that the model does not know; and their names.
+
+    Raises:
+        ConfigError: for a combination that the model refuses: which of its settings to drop nobody can tell.
+    """
+    try:
+        model.model_validate(tree)
+    except ValidationError as error:
+        strange = [tuple(item["loc"]) for item in error.errors() if not _is_combination(dict(item))]
+        rest = _without(tree, strange)
+        validate(model, rest)
+        return rest, tuple(".".join(map(str, location)) for location in strange)
+    return tree, ()
+
+
+def _is_combination(item: dict[str, Any]) -> bool:
+    """Is the error one of a section's settings together, not of one of them?"""
+    return item["type"] == "value_error" and isinstance(item["input"], Mapping)
+
+
 def dump_yaml(config: BaseModel) -> str:
     """The resolved configuration as YAML that `load` reads back to an equal one, but for passwords in addresses."""
     return yaml.safe_dump(_shown(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True, width=100)

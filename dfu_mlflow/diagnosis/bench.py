@@ -161,8 +161,13 @@ class Bench:
 
     def sampler(self, shown: Shown, settings: Settings | None = None) -> Sampler:
         """Draws with the fine-tuned weights, by the run's own settings."""
-        pipe = copy.copy(self.material.pipe)
         self.require("prompts", "sampling")
+        return self.model(shown, settings)
+
+    def model(self, shown: Shown, settings: Settings | None = None) -> Sampler:
+        """The same for losses, to which it does not matter how the run draws."""
+        pipe = copy.copy(self.material.pipe)
+        self.require("prompts")
         pipe.register_modules(unet=self.unet(shown))
         chosen = settings or sampling_settings(self.config, self.material.train)
         return Sampler(pipe, self.material.conditioner, chosen, self.config.sampling.batch_size)

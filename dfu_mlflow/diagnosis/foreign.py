@@ -118,7 +118,7 @@ def read_foreign(path: Path) -> ForeignConfig:
 
 
 def understood(content: Mapping[str, Any]) -> ForeignConfig:
-    """What of a configuration of any trainer, or of another version of this project, can be taken over."""
+    """What of a configuration of any trainer can be taken over."""
     settings: dict[str, Any] = {}
     unknown, notes = [], []
     per_process = False

@@ -245,7 +245,7 @@ def _halves(
         for half in range(2):
             members = torch.tensor([cluster for cluster in own if side[cluster] == half])
             if not len(members):
-                raise Lacking("prior reliance takes two held-out patients of each class, not the same two in several")
+                raise Lacking("prior reliance takes two held-out patients of each class, one for each half")
             chosen = (ids == class_id) & torch.isin(clusters, members)
             place = torch.searchsorted(members, clusters[chosen])
             weights = _times_drawn(len(members), source)[:, place]

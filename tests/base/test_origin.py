@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 
 from dfu_mlflow.base.adapters import attach
 from dfu_mlflow.base.origin import Origin
@@ -44,6 +45,17 @@ def test_reads_the_base_from_its_files(shard_size: str, random_base: Path, tmp_p
     origin = Origin(unet, FULL)
     assert origin.displacement(unet) == 0.0
     assert not origin._copies
+    wanted = moved(unet)
+    assert origin.displacement(unet) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_file_may_hold_more_than_the_network_takes(random_base: Path, tmp_path: Path) -> None:
+    base_in(tmp_path, random_base, "5GB")
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({**load_file(file), "extra.thing": torch.ones(3)}, file, {"format": "pt"})
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    attach(unet, FULL, seed=0)
+    origin = Origin(unet, FULL)
     wanted = moved(unet)
     assert origin.displacement(unet) == pytest.approx(wanted, rel=1e-6)
 

@@ -42,6 +42,24 @@ def test_embeddings_equal_the_pipelines_bit_for_bit(pipe: Any, prompts: dict[str
             assert torch.equal(conditioner.empty_pooled, empty_pooled)
 
 
+def test_a_warm_cache_asks_no_text_encoder(random_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = load_base(str(random_base))
+    cache = EmbeddingCache(RowCache(tmp_path), (part_digest(pipe.text_encoder), part_digest(pipe.text_encoder_2)))
+    cold = {}
+    for zeros in (True, False):
+        pipe.register_to_config(force_zeros_for_empty_prompt=zeros)
+        cold[zeros] = encode_prompts(pipe, dict(MINIMAL), "", cache)
+    assert not cold[True].empty_embeddings.any()
+    assert cold[False].empty_embeddings.any()
+    monkeypatch.setattr(type(pipe), "encode_prompt", None)
+    for zeros, known in cold.items():
+        pipe.register_to_config(force_zeros_for_empty_prompt=zeros)
+        warm = encode_prompts(pipe, dict(MINIMAL), "", cache)
+        assert torch.equal(warm.empty_embeddings, known.empty_embeddings)
+        assert torch.equal(warm.negative_pooled, known.negative_pooled)
+        assert torch.equal(warm.embeddings, known.embeddings)
+
+
 def test_embeddings_are_the_penultimate_layers_of_both_encoders(pipe: Any) -> None:
     prompt = MINIMAL["P"]
     conditioner = encode_prompts(pipe, {"P": prompt}, "")

@@ -21,7 +21,7 @@ from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
 from dfu_mlflow.errors import Interrupted, UserError
 from dfu_mlflow.optimizers import build_optimizer
-from dfu_mlflow.perceptual import gradient_shares
+from dfu_mlflow.perceptual import GRADIENT_NORMS, gradient_norms, with_gradient_share
 from dfu_mlflow.pipeline import build_parts
 from dfu_mlflow.preparation import Material, prepare, read_source, sampling_settings
 from dfu_mlflow.sampling import Sampler
@@ -271,12 +271,18 @@ def test_perceptual_term_has_gradient_and_a_dead_one_is_seen(small_config: RunCo
     assert terms.perceptual is not None
     assert float(terms.perceptual.detach().mean()) > 0
     weights = list(trainer.parts.weights.values())
-    shares = gradient_shares({"diffusion": terms.diffusion.mean(), "perceptual": terms.perceptual.mean()}, weights)
-    assert shares["perceptual"] > 0.001
-    assert shares["perceptual"] + shares["diffusion"] == pytest.approx(1.0)
+    norms = gradient_norms({"diffusion": terms.diffusion.mean(), "perceptual": terms.perceptual.mean()}, weights)
+    terms.perceptual.mean().backward(retain_graph=True)
+    own = torch.cat([weight.grad.flatten() for weight in weights if weight.grad is not None]).norm()
+    assert norms["perceptual"] == pytest.approx(float(own), rel=1e-4)
     dead = {"diffusion": terms.diffusion.mean(), "perceptual": terms.perceptual.detach().mean()}
-    assert gradient_shares(dead, weights) == {"diffusion": 1.0, "perceptual": 0.0}
-    assert trainer.gradient_figures(batch)["grad_share_perceptual"] == pytest.approx(shares["perceptual"], rel=1e-3)
+    assert gradient_norms(dead, weights) == {"diffusion": norms["diffusion"], "perceptual": 0.0}
+    share = with_gradient_share(trainer.gradient_norms([batch, batch]))["grad_share_perceptual"]
+    assert share == pytest.approx(norms["perceptual"] / sum(norms.values()), rel=1e-3)
+    assert with_gradient_share({"loss": 1.0, **dict.fromkeys(GRADIENT_NORMS, 0.0)}) == {
+        "loss": 1.0,
+        "grad_share_perceptual": 0.0,
+    }
 
 
 def test_perceptual_term_leaves_out_what_is_above_its_window(small_config: RunConfig, tmp_path: Path) -> None:

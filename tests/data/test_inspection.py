@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
+from PIL import Image, ImageDraw
 
 from dfu_mlflow.data import RowCache
-from dfu_mlflow.data.inspection import Inspection, inspect_file, inspect_files
+from dfu_mlflow.data.inspection import Inspection, difference_hash, inspect_file, inspect_files, near_pairs
 
 
 def same(one: Inspection, other: Inspection) -> bool:
@@ -55,3 +58,33 @@ def test_another_content_or_limit_is_looked_at_anew(write_picture: Callable[...,
     good, problems = inspect_files([path], 41, cache)
     assert good == {}
     assert [item.kind for item in problems] == ["too small"]
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3, 0.15, 0.05])
+def test_pictures_on_one_background_are_not_alike(share: float) -> None:
+    """Wounds cut out and put on one colour differ where the wounds do; their copies are known all the same."""
+    draws = np.random.default_rng(0)
+    pictures = [cut_out(draws, share) for _ in range(40)]
+    hashes = np.stack([difference_hash(picture) for picture in pictures])
+    assert near_pairs(hashes, [str(number) for number in range(40)]) == []
+    copies = np.stack([difference_hash(as_jpeg(picture.resize((360, 360)))) for picture in pictures])
+    both = near_pairs(np.concatenate([hashes, copies]), [str(number) for number in range(80)])
+    assert both == [(number, number + 40) for number in range(40)]
+
+
+def cut_out(draws: np.random.Generator, share: float) -> Image.Image:
+    """512 px of one colour with a round, mottled wound on a share of them."""
+    edge = int(512 * share**0.5)
+    mottled = Image.fromarray(draws.integers(40, 220, (6, 6, 3), dtype=np.uint8)).resize((edge, edge))
+    mask = Image.new("L", (edge, edge), 0)
+    ImageDraw.Draw(mask).ellipse((0, 0, edge - 1, edge - 1), fill=255)
+    picture = Image.new("RGB", (512, 512), (12, 60, 30))
+    left, top = draws.integers(0, 512 - edge + 1, 2).tolist()
+    picture.paste(mottled, (left, top), mask)
+    return picture
+
+
+def as_jpeg(picture: Image.Image) -> Image.Image:
+    held = io.BytesIO()
+    picture.save(held, "JPEG", quality=70)
+    return Image.open(held).convert("RGB")

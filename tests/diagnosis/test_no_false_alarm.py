@@ -70,8 +70,15 @@ def test_days_are_no_patients(name: str, patients: bool) -> None:
         (tuple(0.4 * 2.0**-epoch + 0.02 for epoch in range(7)), Healthy),
         ((0.5, 0.3, 0.2, 0.15, 0.14, 0.145), Healthy),
         ((0.109, 0.095, 0.081, 0.095, 0.105, 0.074), Finding),
+        ((0.5, 0.109, 0.095, 0.081, 0.095, 0.105, 0.074), Finding),
     ],
-    ids=["learns fast", "learns exponentially", "begins to overfit", "the founding run"],
+    ids=[
+        "learns fast",
+        "learns exponentially",
+        "begins to overfit",
+        "the founding run",
+        "the same behind a steep fall",
+    ],
 )
 def test_a_steep_smooth_curve_is_not_noise(values: tuple[float, ...], wanted: type, sound: Case) -> None:
     curve = {"val/loss": dict(enumerate(values, start=1))}
@@ -93,6 +100,12 @@ def test_a_term_that_acts_in_few_micro_batches_is_seen_in_these(sound: Case) -> 
     term = {"loss__perceptual_loss__enabled": True, "loss__perceptual_loss__weight": 5.0}
     acts = with_figures(sound, {"train/grad_share_perceptual": shares}, **term)
     assert isinstance(DominantLossTerm().run(acts), Finding)
+    odd = with_figures(sound, {"train/grad_share_perceptual": {**dict.fromkeys(range(1, 31), 0.0), 7: 0.99}}, **term)
+    assert isinstance(DominantLossTerm().run(odd), Healthy)
+    mild = {epoch: 0.55 if epoch % 4 == 0 else 0.0 for epoch in range(1, 31)}
+    assert isinstance(
+        DominantLossTerm().run(with_figures(sound, {"train/grad_share_perceptual": mild}, **term)), Healthy
+    )
     never = with_figures(sound, {"train/grad_share_perceptual": dict.fromkeys(range(1, 31), 0.0)}, **term)
     assert isinstance(DominantLossTerm().run(never), Healthy)
 

@@ -24,8 +24,10 @@ from dfu_mlflow.diagnosis.check import Check
 from dfu_mlflow.diagnosis.checks.guidance_too_high import saturated
 from dfu_mlflow.diagnosis.checks.memorisation import Memorisation
 from dfu_mlflow.diagnosis.checks.metric_input_broken import MetricInputBroken
+from dfu_mlflow.diagnosis.checks.noisy_validation import NoisyValidation
 from dfu_mlflow.diagnosis.checks.patient_leakage import PatientLeakage
 from dfu_mlflow.diagnosis.checks.prompt_prior import PromptPrior
+from dfu_mlflow.diagnosis.checks.resolution_off_native import ResolutionOffNative
 from dfu_mlflow.diagnosis.checks.stale_cache import StaleCache
 from dfu_mlflow.diagnosis.checks.text_mismatch import TextMismatch
 from dfu_mlflow.diagnosis.diagnose import diagnose
@@ -226,6 +228,31 @@ def test_copies_are_found(small_config: RunConfig, tmp_path: Path) -> None:
             assert isinstance(once, Finding)
             assert "assumed unseen" in str(once.evidence["held_out_side"].value)
             assert once.fix == {"train.learning_rate": config.train.learning_rate / 2}
+
+
+def test_a_finding_does_not_depend_on_what_is_shown_beside_it(small_config: RunConfig, tmp_path: Path) -> None:
+    """A fine-tune made elsewhere, with base and photographs named, but neither captions nor guidance."""
+    unnamed = {"prompts": "its captions are not known", "sampling": "its guidance is not known"}
+    tiny = changed(small_config, {"data": {"resolution_px": 16}})
+    found = run(ResolutionOffNative(), tiny, unnamed=unnamed)
+    assert isinstance(found, Finding)
+    assert found.severity == "blocker"
+    assert "captions" in str(found.evidence["base_kid"].value)
+    curves = {"val/loss": dict(enumerate((0.109, 0.095, 0.081, 0.095, 0.105, 0.074), start=1))}
+    bench = Bench(small_config, NO_WEIGHTS, unnamed=unnamed)
+    noisy = NoisyValidation().run(Case("a run", flatten(small_config), curves, bench=bench))
+    assert isinstance(noisy, Finding)
+    assert "captions" in str(noisy.evidence["spread_over_redraws"].value)
+    weights = {name: 1.01 * weight for name, weight in bench.base.unet.named_parameters()}
+    save_file(weights, tmp_path / "weights.safetensors")
+    photographs = bench.split.train[:: len(bench.split.train) // 24]
+    folder = write_pictures(tmp_path / "drawn", photographs, evaluation_pixels(photographs, small_config.data).numpy())
+    copies = Bench(
+        small_config, WeightFiles(tmp_path / "weights.safetensors"), folder=folder, unnamed={"sampling": "not known"}
+    )
+    outcome = Memorisation().run(Case("a run", flatten(small_config), bench=copies))
+    assert isinstance(outcome, Finding | Healthy)
+    assert "membership_auc" in outcome.evidence
 
 
 def test_prior_reliance_is_measured(small_config: RunConfig) -> None:

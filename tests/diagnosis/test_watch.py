@@ -130,20 +130,29 @@ def test_a_run_of_another_version_is_read_as_far_as_it_is_understood(
 ) -> None:
     told = tell_of_run(ill[0].run_id)
     assert told.configuration is not None
-    newer = merge(told.configuration, {"train": {"quantum": True}})
+    novel = {"seed": 77, "batch_size": 99, "learning_rate": 0.5}  # words that foreign trainers use too
+    newer = merge(told.configuration, {"train": {"quantum": True, "max_grad_norm": None}, "novel": novel})
     monkeypatch.setattr("registry.told.run_configuration", lambda _: newer)
     read = tell_of_run(ill[0].run_id)
-    assert "train.quantum" in read.notes[0]
-    assert read.settings["ema.decay"] == told.settings["ema.decay"]
+    assert read.notes == ("another version wrote its configuration; left out of it: train.quantum, novel",)
+    assert read.settings == {**told.settings, "train.max_grad_norm": None}
     assert read.folder == told.folder
     assert not read.foreign
+    refused = merge(told.configuration, {"train": {"compile": True, "fused_backward": True}})
+    monkeypatch.setattr("registry.told.run_configuration", lambda _: refused)
+    with pytest.raises(UserError, match=r"this one refuses it: .*use one of the two"):
+        tell_of_run(ill[0].run_id)
 
 
+@pytest.mark.parametrize("error", [MlflowException("connection refused"), OSError("507 of the artifact store")])
 def test_a_server_that_goes_away_meanwhile_leaves_the_findings(
-    ill: tuple[TrainingResult, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ill: tuple[TrainingResult, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
 ) -> None:
     def away(*_: object) -> None:
-        raise MlflowException("connection refused")
+        raise error
 
     monkeypatch.setattr(MlflowClient, "log_text", away)
     diagnosis, written = run_diagnosis(DiagnoseOptions(run=ill[0].run_id, budget="cheap"), None, [])

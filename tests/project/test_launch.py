@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DeepSpeedPlugin
+from torch import nn
 
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.engine_choice import check_launch
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.launch import FOLDER, launch_names, launch_options
 from dfu_mlflow.pipeline import run_training
+from dfu_mlflow.zero import ZeroEngine
 
 
 @pytest.mark.parametrize("name", launch_names())
@@ -87,3 +93,12 @@ def test_compiling_is_refused_with_shards_and_without_a_compiler(
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match=r"--launch fsdp2 needs --train\.compile false"):
         check_launch(train)
+
+
+def test_a_deepspeed_file_of_another_stage_is_refused(small_config: RunConfig) -> None:
+    plugin = DeepSpeedPlugin({"zero_optimization": {"stage": 1}, "train_batch_size": "auto"})
+    accelerator: Any = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    engine = object.__new__(ZeroEngine)
+    engine.train, engine.accelerator = small_config.train, accelerator
+    with pytest.raises(UserError, match="asks for stage 1, the launcher for 2"):
+        engine._settle(nn.Identity())

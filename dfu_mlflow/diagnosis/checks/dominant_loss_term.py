@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from statistics import median_low
+from statistics import mean, median_low
 
 from dfu_mlflow.diagnosis.case import Case
 from dfu_mlflow.diagnosis.check import Check
@@ -14,6 +14,8 @@ HIGH, OVERWHELMING = 0.5, 0.8
 objective."""
 VALUE_HIGH = 0.6
 """Share of the loss's value from which to suspect it where no gradient was measured (6.08 against 0.08 gave 0.99)."""
+WHOLE = 0.999
+"""A larger share is taken for this: the diffusion loss has no part in it."""
 WANTED = 0.2
 """Share of the gradient that the fix aims at."""
 
@@ -26,10 +28,10 @@ class DominantLossTerm(Check):
     cost = "cheap"
 
     def examine(self, case: Case) -> Finding | Healthy:
-        """Median over epochs (of two the lower), so that one odd batch decides nothing.
+        """The whole training's share, the largest epoch apart, so that one odd batch decides nothing.
 
-        A share of 0 is left out where others are not: the term acts on late timesteps alone, and a micro-batch of one
-        has none of these in most epochs.
+        The term acts on late timesteps alone, and a step of few samples has none of these: gradients add up over
+        epochs, so what is averaged is the ratio of the terms, not the share.
         """
         if case.settings.get("loss.perceptual_loss.enabled") is False:
             return Healthy({"perceptual_term": Figure("off")})
@@ -41,7 +43,7 @@ class DominantLossTerm(Check):
             return Healthy(evidence)
         fix: dict[str, object] = {"loss.perceptual_loss.enabled": False}
         weight = case.settings.get("loss.perceptual_loss.weight")
-        if weight is not None and share < 1:
+        if weight is not None and share < WHOLE:
             evidence["weight"] = Figure(float(weight))
             fix = {
                 "loss.perceptual_loss.weight": float(
@@ -61,12 +63,13 @@ class DominantLossTerm(Check):
     def _share(self, case: Case, measured: bool) -> tuple[float, float]:
         if measured:
             values = [value for epoch, value in case.curve("train/grad_share_perceptual") if epoch > 0]
-            values = [value for value in values if value > 0] or values
-            limit = HIGH
         else:
             total = dict(case.curve("train/loss"))
             values = [v / total[e] for e, v in case.curve("train/loss_perceptual") if total.get(e)]
-            limit = VALUE_HIGH
         if not values:
             raise Lacking("no epoch was trained")
-        return median_low(values), limit
+        if not measured:
+            return median_low(values), VALUE_HIGH
+        kept = sorted(min(value, WHOLE) for value in values)[: max(1, len(values) - 1)]
+        ratio = mean(value / (1 - value) for value in kept)
+        return ratio / (1 + ratio), HIGH

@@ -65,6 +65,6 @@ class Memorisation(Check):
         )
 
     def _membership(self, bench: Bench) -> Estimate | None:
-        if not bench.has_weights or "split" in bench.unnamed:  # held-out photographs it was trained on tell nothing
-            return None
-        return membership(bench.config, bench.material, bench.sampler(bench.shown), bench.between_batches)
+        if not bench.has_weights or not bench.unnamed.keys().isdisjoint(("split", "prompts")):
+            return None  # held-out photographs it was trained on tell nothing, nor do losses under another caption
+        return membership(bench.config, bench.material, bench.model(bench.shown), bench.between_batches)

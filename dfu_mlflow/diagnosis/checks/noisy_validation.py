@@ -19,9 +19,9 @@ The founding run's 0.109, 0.095, 0.081, 0.095, 0.105, 0.074 jump by 0.15; on a f
 within 0.01 of a smooth curve.
 """
 BACK = 0.15
-"""Share of all its movement that the loss goes against its direction, at least: a curve that falls steeply and then
-less so has large second differences without any noise. The founding run's goes back by 0.29 of it, pure noise by half.
-"""
+"""Share of its movement, the largest step apart, that the loss goes against its direction, at least: a curve that falls
+steeply and then less so has large second differences without any noise, and one steep fall hides none of it. The
+founding run's goes back by 0.46 of it, pure noise by half."""
 
 
 class NoisyValidation(Check):
@@ -39,18 +39,21 @@ class NoisyValidation(Check):
         values = np.array(points)
         noise = float(np.median(np.abs(np.diff(values, n=2))) / 6**0.5 * 1.4826 / values.mean())
         steps = np.diff(values)
+        steps = np.delete(steps, np.abs(steps).argmax())
         back = float(min(steps.clip(min=0).sum(), (-steps).clip(min=0).sum()) / max(np.abs(steps).sum(), 1e-12))
         evidence = {
             "noise": Figure(noise, f"below {NOISY} of the loss"),
-            "back_and_forth": Figure(back, f"below {BACK} of all its movement"),
+            "back_and_forth": Figure(back, f"below {BACK} of its movement"),
             "median_step": Figure(float(np.median(np.abs(steps)) / values.mean())),
         }
         if noise < NOISY or back < BACK:
             return Healthy(evidence)
         if case.bench is not None and case.bench.has_base:
-            evidence["spread_over_redraws"] = Figure(
-                case.bench.redraw_spread(), "what one draw of timesteps and noise an image would add"
-            )
+            try:
+                spread: float | str = case.bench.redraw_spread()
+            except Lacking as reason:
+                spread = f"not measured: {reason}"[:200]
+            evidence["spread_over_redraws"] = Figure(spread, "what one draw of timesteps and noise an image would add")
         return self.found(
             "warning",
             0.85,

@@ -48,7 +48,10 @@ class ResolutionOffNative(Check):
         if WORSE <= ratio <= LARGE:
             return Healthy(evidence)
         if case.bench is not None and case.bench.has_base:
-            self._draw(case.bench, native, evidence)
+            try:
+                self._draw(case.bench, native, evidence)
+            except Lacking as reason:
+                evidence["base_kid"] = Figure(f"not drawn: {reason}"[:200])
         return self.found(
             "blocker" if ratio < GARBAGE else "warning",
             0.9 if ratio < GARBAGE else 0.7,
