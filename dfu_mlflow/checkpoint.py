@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from dfu_mlflow.documents import FORMAT, read_document
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.fused import BackwardOptimizer
+
+logger = logging.getLogger(__name__)
 
 STATE = "state.json"
 PARTIAL = ".partial-"
@@ -154,11 +157,16 @@ def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
     if resume == "none":
         return None
     if resume not in ("latest", "best"):
+        if not (Path(resume) / STATE).is_file():
+            raise UserError(
+                f"--resume {resume} is no checkpoint: give none, latest, best or a folder RUN/checkpoints/step-NUMBER"
+            )
         read_document(Path(resume) / STATE, "checkpoint to resume from")
         return Path(resume)
     states = sorted(output_dir.glob("*/checkpoints/step-*/state.json"), key=lambda path: path.stat().st_mtime_ns)
     if not states:
         if resume == "latest":
+            logger.warning("no checkpoint below %s: starting from the base", output_dir)
             return None
         raise UserError(f"--resume best: no checkpoint below --output_dir {output_dir}")
     folder = states[-1].parent.parent

@@ -47,6 +47,7 @@ class Contest:
     Attributes:
         result: the challenger's evaluation.
         rival: whom it was compared with: the champion, or the untouched base while there is none.
+        labels: the classes.
         compared: figure -> challenger against rival on equal seeds; `LABEL/figure` for each class.
         rival_figures: the champion's figures; empty for the base.
         protocol: digest of everything that figures depend on besides the models.
@@ -55,6 +56,7 @@ class Contest:
 
     result: EvaluationResult
     rival: str
+    labels: tuple[str, ...]
     compared: Mapping[str, Comparison]
     rival_figures: Mapping[str, float]
     protocol: str
@@ -74,7 +76,7 @@ def run_contest(config: RunConfig, challenger: Contender, champion: Contender | 
     """
     ring = _Ring(config, challenger, champion)
     result = run_evaluation(config, challenger.origin, ring.open, ring.meet)
-    return Contest(result, ring.rival, ring.compared, ring.rival_figures, ring.protocol, ring.notes)
+    return Contest(result, ring.rival, ring.labels, ring.compared, ring.rival_figures, ring.protocol, ring.notes)
 
 
 @dataclass
@@ -85,6 +87,7 @@ class _Ring:
     challenger: Contender
     champion: Contender | None
     rival: str = BASE
+    labels: tuple[str, ...] = ()
     protocol: str = ""
     compared: dict[str, Comparison] = field(default_factory=dict)
     rival_figures: dict[str, float] = field(default_factory=dict)
@@ -101,6 +104,7 @@ class _Ring:
     def meet(self, evaluation: Evaluation, base: Sighting, seen: Sighting) -> None:
         """Measure the champion and compare."""
         rival = base if self.opened is None else self._champion(evaluation, self.opened, base)
+        self.labels = evaluation.observer.classes
         self.compared = evaluation.paired(seen, rival)
         names = [name for name in HEADLINES if name in self.compared]
         evaluation.said += [f"Against {self.rival}, {self.compared[name].sentence}." for name in names if self.opened]

@@ -8,12 +8,17 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from pydantic import BaseModel
+
+from dfu_mlflow.config.load import described
 from dfu_mlflow.errors import Interrupted, UserError
 from dfu_mlflow.lean_imports import leave_out_triton
 
 USER_ERROR_CODE = 2
 INTERRUPTED_CODE = 130
 """What shells report for a program ended by Ctrl-C (128 + SIGINT)."""
+PIPE_CODE = 141
+"""The same for SIGPIPE."""
 MAX_CHARACTERS = 4000
 LAST_WORDS = "DFU_MLFLOW_LAST_WORDS"
 """Environment variable: where the processes of a launcher leave their message and exit code; it shows them once."""
@@ -46,33 +51,54 @@ def split(arguments: Sequence[str], options: Mapping[str, str]) -> tuple[dict[st
     return values, rest
 
 
-def run(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> int:
+def run(
+    main: Callable[[Sequence[str]], int],
+    arguments: Sequence[str] | None = None,
+    settings: type[BaseModel] | None = None,
+) -> int:
     """Call `main` with the command line and give back the process's exit code.
 
     Args:
         main: takes the arguments after the program's name, gives back an exit code.
         arguments: None is this process's own command line.
+        settings: what it can be configured by, for `--help`.
 
     Returns:
-        main's code; 2 after a `UserError` or where a file is closed to this user, 130 after `Interrupted` or Ctrl-C,
-        each told on one line of stderr. Anything else is a defect and keeps its stack trace.
+        main's code; 2 after a `UserError` or where a file is closed to this user or no folder, 130 after `Interrupted`
+        or Ctrl-C, each told on one line of stderr. Anything else is a defect and keeps its stack trace.
     """
     # A clinic's network is closed and its runs are private: MLflow reports usage unless told not to.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one bar for each small file otherwise
     leave_out_triton()
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        return main(sys.argv[1:] if arguments is None else arguments)
+        if {"-h", "--help"} & set(given):
+            print(help_text(main, settings))
+            return 0
+        return main(given)
     except UserError as error:
         return _end(USER_ERROR_CODE, f"error: {_line(error)}")
-    except PermissionError as error:
-        return _end(USER_ERROR_CODE, f"error: {error.filename or _line(error)}: permission denied")
+    except (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError) as error:
+        return _end(USER_ERROR_CODE, f"error: {error.filename or _line(error)}: {(error.strerror or 'closed').lower()}")
+    except BrokenPipeError:  # `| head`: whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CODE
     except (Interrupted, KeyboardInterrupt) as error:
         return _end(INTERRUPTED_CODE, f"interrupted: {_line(error) or 'stopped by the user'}")
     except Exception:
         if LAST_WORDS in os.environ:
             _end(1, "")
         raise
+
+
+def help_text(main: Callable[[Sequence[str]], int], settings: type[BaseModel] | None) -> str:
+    """What an entry point does, and every setting with its default."""
+    lines = [(sys.modules[main.__module__].__doc__ or "").strip(), "", main.__doc__ or ""]
+    if settings is not None:
+        lines += ["", "Settings and their defaults (as -P NAME=VALUE with mlflow run; units are in dfu_mlflow/config):"]
+        lines += described(settings)
+    return "\n".join(lines)
 
 
 def _end(code: int, line: str) -> int:

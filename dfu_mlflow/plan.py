@@ -28,8 +28,8 @@ def _data_lines(source: Source) -> list[str]:
             chosen = [record for record in records if record.label == label]
             patients = len({record.patient for record in chosen})
             lines.append(f"{side:>8}  class {label}: {len(chosen)} images of {patients} patients")
-    if source.audit.problems:
-        lines += ["", "# Files with problems", source.audit.table()]
+    if source.audit.in_short() is not None:
+        lines += ["", "# Files", source.audit.table()]
     lines += ["", "# Prompts"] + [f"{label}: {prompt}" for label, prompt in source.prompts.items()]
     return lines
 

@@ -35,8 +35,8 @@ class Console:
                 f"class {label}: {len(train)} images of {patients[0]} patients to train, {len(held)} of {patients[1]} "
                 f"held out; prompt {shown!r}"
             )
-        if source.audit.problems:
-            self.say(f"{len(source.audit.problems)} files with problems, see --dry-run")
+        if (noticed := source.audit.in_short()) is not None:
+            self.say(noticed)
         self.say(
             f"{derived['method']} fine-tuning of {config.base_model}: {100 * derived['trainable_fraction']:.1f} % of "
             f"the UNet learns; MLflow run {run_id}"

@@ -45,7 +45,9 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig, data_digest: str) 
         and not name.startswith(FREE_SECTIONS)
     ]
     if differing:
-        raise UserError(f"the checkpoint is of another configuration: {'; '.join(differing)}")
+        longer = "; a schedule that ends is not prolonged: train anew, or with --train.lr_schedule constant"
+        told = longer if any(each.startswith("--train.epochs ") for each in differing) else ""
+        raise UserError(f"the checkpoint is of another configuration: {'; '.join(differing)}{told}")
     if checkpoint.state["data"] != data_digest:
         raise UserError("the checkpoint is of other photographs or another split: give the data it was started with")
 

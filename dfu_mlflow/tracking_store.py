@@ -51,13 +51,19 @@ def prepare_store() -> None:
 
 
 def check_store() -> None:
-    """Ask a server whether it is there; a database in a file is made when the first run is opened.
+    """Ask a server whether it is there; a database in a file is made when the first run is opened, if it can be.
 
     Raises:
-        UserError: where it does not answer.
+        UserError: where it does not answer, or cannot be written.
     """
-    if mlflow.get_tracking_uri().startswith("http"):
+    uri = mlflow.get_tracking_uri()
+    if uri.startswith("http"):
         prepare_store()
+    if uri.startswith("sqlite:///"):
+        file = Path(uri.removeprefix("sqlite:///")).absolute()
+        place = next(path for path in (file, *file.parents) if path.exists())  # MLflow makes the folders below it
+        if not os.access(place, os.W_OK) or not (place == file or place.is_dir()):
+            raise UserError(f"the tracking store {file} cannot be written: set MLFLOW_TRACKING_URI")
 
 
 def set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, object]) -> None:

@@ -161,6 +161,8 @@ class TrainingRun(Participant):
         figures |= self.movement({shown: look.moved for shown, look in looks.items()})
         self.log_epoch(epoch, figures, measured)
         best = self.best_score(measured)
+        if epoch == 0:
+            self.say_if_nothing_chooses(measured["live"])
         if self.supervisor is not None:
             self.supervisor.epoch(epoch, best)
         return best
@@ -221,6 +223,15 @@ class TrainingRun(Participant):
         self.tracker.text(place, self.diagnosis.document())
         if place == findings_file("cheap", None):
             self.tracker.tags(finding_tags(self.diagnosis))
+
+    def say_if_nothing_chooses(self, base: Measurement) -> None:
+        """Where the metric that chooses is not computed, the last checkpoint is what a run ends with."""
+        metric = self.config.evaluation.best_metric.removesuffix("_progress")
+        if metric in base.figures or metric.startswith("val_"):
+            return
+        notes = {name: note for report in base.reports for name, note in report.notes.items()}
+        why = notes.get(metric) or self.panels.notes.get(metric) or "no extractor of metrics.per_epoch gives it"
+        self.console.say(f"{metric} is not computed ({why}): the last checkpoint will be taken for the best")
 
     def best_score(self, measured: dict[str, Measurement]) -> Score | None:
         """The better of the measured weights, by the configured metric."""

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
-from dfu_mlflow.config.measures import SuccessConfig
-from dfu_mlflow.metrics.catalogue import METRICS, SUFFIXES
+from dfu_mlflow.config.measures import EvaluationConfig, SuccessConfig
+from dfu_mlflow.errors import UserError
+from dfu_mlflow.metrics.catalogue import ALWAYS, METRICS, SUFFIXES, figure_names, metrics_of
 
 LARGER_IS_BETTER = ("progress", "accuracy")
 """Ends of names; figures of the catalogue say it themselves."""
+
+
+def check_names(evaluation: EvaluationConfig) -> None:
+    """Refuse figures that no epoch is measured by, before one is trained.
+
+    Raises:
+        UserError: naming those that there are.
+    """
+    known = {"class_accuracy", "lpips", "ssim"}
+    for extractor in ALWAYS:
+        metrics = metrics_of(extractor, thorough=False)
+        names = figure_names(extractor, metrics)
+        known |= {names.get(figure, figure) for metric in metrics for figure in METRICS[metric].figures}
+    asked = [("best_metric", evaluation.best_metric)]
+    asked += [("success.metric", evaluation.success.metric)] if evaluation.success else []
+    for flag, name in asked:
+        figure = name.rpartition("/")[2].removesuffix("_progress")
+        if figure not in known and not (flag == "best_metric" and name.startswith("val_")):
+            raise UserError(
+                f"--evaluation.{flag} {name}: unknown; there are {', '.join(sorted(known))}, with _progress behind it "
+                "the share of the way from the base to the floor"
+            )
 
 
 def larger_is_better(metric: str) -> bool:

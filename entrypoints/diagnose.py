@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from dfu_mlflow import entry
-from dfu_mlflow.config import load
+from dfu_mlflow.config import RunConfig, load
 from dfu_mlflow.errors import UserError
 
 
@@ -53,4 +53,4 @@ def _given(options: Mapping[str, str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.run(main))
+    sys.exit(entry.run(main, settings=RunConfig))

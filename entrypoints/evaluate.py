@@ -26,4 +26,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.run(main))
+    sys.exit(entry.run(main, settings=RunConfig))

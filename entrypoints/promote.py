@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from dfu_mlflow import entry
-from dfu_mlflow.config import load
+from dfu_mlflow.config import RunConfig, load
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -25,4 +25,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.run(main))
+    sys.exit(entry.run(main, settings=RunConfig))

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from dfu_mlflow import entry
+from dfu_mlflow.config import RunConfig
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -18,4 +19,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.run(main))
+    sys.exit(entry.run(main, settings=RunConfig))

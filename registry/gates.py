@@ -29,6 +29,7 @@ class Evidence:
         figures: the challenger's, as MLflow shows them (`eval/kid`, `memorisation/membership_auc`).
         compared: figure -> challenger against rival, see `dfu_mlflow.contest.Contest`.
         rival: whom it was compared with.
+        labels: the classes.
         first: there is no champion yet, and the rival is the untouched base.
         notes: metric -> why it was not computed.
         findings: of the training run, None where it holds none.
@@ -40,6 +41,7 @@ class Evidence:
     figures: Mapping[str, float] = field(default_factory=dict)
     compared: Mapping[str, Comparison] = field(default_factory=dict)
     rival: str = ""
+    labels: Sequence[str] = ()
     first: bool = False
     notes: Mapping[str, str] = field(default_factory=dict)
     findings: Sequence[Mapping[str, Any]] | None = None
@@ -102,8 +104,11 @@ def classes(evidence: Evidence, gates: GatesConfig) -> Answer:
     worse = [each.sentence for each in found.values() if each.outcome == "worse"]
     if worse:
         return Answer("classes", False, f"against {evidence.rival}, {'; '.join(worse)}", figures)
-    undecided = sorted(name.partition("/")[0] for name, each in found.items() if each.outcome == "no verdict")
-    counted = len(found) - len(undecided)
+    decided = {name.rpartition("/")[0] for name, each in found.items() if each.outcome != "no verdict"}
+    undecided, counted = sorted(set(evidence.labels) - decided), len(decided)
+    if len(evidence.labels) > 1 and not decided:
+        too_few = "too few pictures of each class to compare: raise --evaluation.samples, or hold more photographs out"
+        return Answer("classes", False, too_few, figures)
     sentence = f"{counted} classes compared by {gates.classes.metric}, none is worse than {evidence.rival}'s"
     return Answer(
         "classes", True, sentence + (f"; too few pictures of {', '.join(undecided)}" * bool(undecided)), figures

@@ -201,6 +201,7 @@ def _evidence(
         figures=contest.result.figures,
         compared=contest.compared,
         rival=contest.rival,
+        labels=contest.labels,
         first=champion is None,
         notes=contest.notes,
         findings=None if challenger.run_id is None else read_findings(challenger.run_id),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from mlflow.exceptions import MlflowException
+
 from dfu_mlflow.config.schema import RunConfig
+from dfu_mlflow.errors import UserError
 from dfu_mlflow.participant import TrainingResult
+from dfu_mlflow.tracking import masked
 from registry.package import RegisteredSampler, register_sampler
 
 
@@ -21,7 +25,12 @@ def publish(result: TrainingResult, config: RunConfig) -> RegisteredSampler | No
         return None
     figures = {name: value for name, value in result.figures.items() if name.startswith(("eval", "val"))}
     tags = {"epoch": str(result.best_epoch), "weights": result.shown, "verdict": result.verdict}
-    version = register_sampler(result.bundle, config, result.run_id, figures, tags)
+    try:
+        version = register_sampler(result.bundle, config, result.run_id, figures, tags)
+    except MlflowException as error:
+        raise UserError(
+            f"not registered, MLflow refuses it: {masked(error)}; the trained sampler is in {result.bundle}"
+        ) from None
     uri = f"models:/{version.name}@{config.registry.alias}"
     print(
         f"registered {version.name} version {version.version} as @{config.registry.alias}\n\n"

@@ -18,7 +18,7 @@ from typing import Any
 from dfu_mlflow.alone import alone
 from dfu_mlflow.errors import UserError
 
-MANIFEST, REJECTED, SETTINGS = "manifest.csv", "rejected.csv", "sampling.json"
+MANIFEST, REJECTED, SETTINGS, LOCK = "manifest.csv", "rejected.csv", "sampling.json", ".sampling.lock"
 COLUMNS = (
     "path",
     "class",
@@ -50,7 +50,7 @@ class SampleFolder:
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder = folder
         check_folder(folder, settings)
-        self._alone = alone(folder / ".sampling.lock", f"--output_dir {folder} is being filled by another process")
+        self._alone = alone(folder / LOCK, f"--output_dir {folder} is being filled by another process")
         self._settings = dict(settings)
 
     def __enter__(self) -> SampleFolder:
@@ -96,14 +96,16 @@ def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     """Refuse what cannot be gone on with, before anything is loaded.
 
     Raises:
-        UserError: for a folder with other samples, or with samples of other settings.
+        UserError: for a folder with other files, which may be photographs, or with samples of other settings.
     """
     try:
         before = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if (folder / MANIFEST).exists():
-            raise UserError(f"--output_dir {folder} holds samples already: give another folder") from None
+        if folder.is_dir() and any(item.name != LOCK for item in folder.iterdir()):
+            raise UserError(f"--output_dir {folder} holds other files: give an empty folder") from None
         return
+    except NotADirectoryError:
+        raise UserError(f"--output_dir {folder} is no folder") from None
     except ValueError:
         raise UserError(f"--output_dir {folder}: {SETTINGS} cannot be read; give another folder") from None
     changed = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]

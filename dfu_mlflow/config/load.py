@@ -18,6 +18,8 @@ PRESETS = Path(__file__).resolve().parent / "presets"
 WHOLE = ("phase_prompts", "space", "sampling_space")
 """Mappings that are one setting."""
 
+SHORT_FORMS = {"lr": "train.learning_rate", "max_epochs": "train.epochs", "bs": "train.batch_size"}
+"""What people type -> what it is called."""
 Model = TypeVar("Model", bound=BaseModel)
 Tree = dict[str, Any]
 
@@ -89,6 +91,12 @@ def validate(model: type[Model], tree: Tree) -> Model:
         except ValidationError as behind:
             problems += [_describe(model, dict(item)) for item in behind.errors()]
         raise ConfigError(list(dict.fromkeys(problems))) from None
+
+
+def described(model: type[BaseModel]) -> list[str]:
+    """Every setting with its default, one a line, as flags."""
+    defaults = flatten(model.model_construct())
+    return [f"  --{name} {'(not set)' if value is None else value}" for name, value in defaults.items()]
 
 
 def known_part(model: type[Model], tree: Tree) -> tuple[Tree, tuple[str, ...]]:
@@ -199,7 +207,11 @@ def _flag_value(name: str, value: str) -> Any:
 def _describe(model: type[BaseModel], item: dict[str, Any]) -> str:
     flag = "--" + ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"{flag}: unknown{_suggestion(model, tuple(map(str, item['loc'])))}"
+        location, value = tuple(map(str, item["loc"])), item["input"]
+        while isinstance(value, Mapping) and value:  # a section that there is not: what was to be set in it
+            key, value = next(iter(value.items()))
+            location += (str(key),)
+        return f"--{'.'.join(location)}: unknown{_suggestion(model, location)}"
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
     return f"{flag}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}"
@@ -207,18 +219,23 @@ def _describe(model: type[BaseModel], item: dict[str, Any]) -> str:
 
 def _suggestion(model: type[BaseModel], location: tuple[str, ...]) -> str:
     known = list(_field_names(model))
-    close = difflib.get_close_matches(".".join(location), known, n=1, cutoff=0.6)
+    close = [SHORT_FORMS[location[-1]]] if SHORT_FORMS.get(location[-1]) in known else []
     last = [name for name in known if name.rsplit(".", 1)[-1] == location[-1]]
+    inside = [name for name in last if name.startswith(f"{location[0]}.")]
+    close = close or inside or difflib.get_close_matches(".".join(location), known, n=1, cutoff=0.6)
     hint = next(iter(close or last), None)
     return f" (did you mean --{hint}?)" if hint else ""
 
 
 def _field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Of what can be set: sections are named by what is in them."""
     for name, info in model.model_fields.items():
-        yield prefix + name
-        for kind in (info.annotation, *get_args(info.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from _field_names(kind, f"{prefix}{name}.")
+        kinds = (info.annotation, *get_args(info.annotation))
+        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not sections:
+            yield prefix + name
+        for section in sections:
+            yield from _field_names(section, f"{prefix}{name}.")
 
 
 def _without(tree: Tree, locations: Sequence[tuple[Any, ...]]) -> Tree:

@@ -6,6 +6,7 @@ different.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -238,7 +239,7 @@ class CheckpointConfig(Section):
 class TrackingConfig(Section):
     """What MLflow is shown."""
 
-    experiment: str = "dfu-mlflow"
+    experiment: Annotated[str, Field(min_length=1)] = "dfu-mlflow"
     log_every_steps: Positive = 5
     log_real_images: bool = False
     """Real photographs are patients: never logged unless asked for here."""
@@ -253,6 +254,17 @@ class RegistryConfig(Section):
     alias: str = "challenger"
     promote: bool = False
     """Put the registered version through the gate (section `gates`) at once, as `promote` does."""
+
+    @model_validator(mode="after")
+    def _as_mlflow_allows(self) -> Self:
+        if not self.name or set(self.name) & set("/:"):
+            raise ValueError(f"--registry.name {self.name!r}: a model's name is not empty and has no / and no :")
+        reserved = re.fullmatch(r"latest|v\d+", self.alias, re.IGNORECASE)
+        if reserved or not re.fullmatch(r"[\w\-]+", self.alias, re.ASCII):
+            raise ValueError(
+                f"--registry.alias {self.alias!r}: letters, digits, _ and - make an alias, but not latest, v1, v2 ..."
+            )
+        return self
 
 
 class RunConfig(Section):

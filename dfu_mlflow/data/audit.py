@@ -75,7 +75,10 @@ class Audit:
 
     Attributes:
         files: image files found, usable or not.
-        unusable_files: files that are broken, duplicate or contradictory, and so are left out.
+        left_out_files: files that no picture is taken from.
+        unusable_files: of these the ones that are broken, duplicate or contradictory.
+        boxed_images: pictures cut out by a bounding box.
+        images: pictures taken, of which a file may give several.
         ignored_files: files that are no images by their name.
         classes: counts by class; a patient with several classes counts in each.
         patients: distinct patients.
@@ -83,8 +86,11 @@ class Audit:
     """
 
     files: int
+    left_out_files: int
     unusable_files: int
     ignored_files: int
+    images: int
+    boxed_images: int
     classes: tuple[ClassCount, ...]
     patients: int
     problems: tuple[Problem, ...]
@@ -93,6 +99,15 @@ class Audit:
     def bad_fraction(self) -> float:
         """Share of the image files that cannot be used, 0..1."""
         return self.unusable_files / self.files if self.files else 0.0
+
+    def in_short(self) -> str | None:
+        """One line for the start of a run; None where there is nothing to say."""
+        remarked = len({problem.path for problem in self.problems if problem.kind in NOTES})
+        said = [f"{self.left_out_files} of {self.files} image files are left out"] if self.left_out_files else []
+        said += [f"{remarked} have remarks"] if remarked else []
+        if self.boxed_images:
+            said.append(f"{self.boxed_images} of {self.images} images are cut out by a bounding box")
+        return f"{', '.join(said)}: see --dry-run" if said else None
 
     def table(self) -> str:
         """The report as lines of text: counts by class and side, then problems by kind with examples."""
@@ -106,9 +121,11 @@ class Audit:
                 f"{row.held_out_images:>18}{row.held_out_patients:>10}{share:>8.1%}"
             )
         lines.append(
-            f"{self.files} image files of {self.patients} patients, {self.unusable_files} unusable "
-            f"({self.bad_fraction:.1%}), {self.ignored_files} other files ignored"
+            f"{self.files} image files of {self.patients} patients, {self.left_out_files} left out, of these "
+            f"{self.unusable_files} unusable ({self.bad_fraction:.1%}); {self.ignored_files} other files ignored"
         )
+        if self.boxed_images:
+            lines.append(f"{self.boxed_images} of {self.images} images are cut out by a bounding box")
         return "\n".join(lines + list(summary(self.problems)))
 
 

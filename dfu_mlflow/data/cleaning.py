@@ -15,6 +15,7 @@ from dfu_mlflow.data.tables import Candidate
 from dfu_mlflow.types import Box, Record
 
 Inspections = Mapping[Path, Inspection]
+LEAST_BOX_PX = 8
 Links = set[tuple[str, str]]
 """Pairs of patients who must stay on one side of the split."""
 
@@ -108,6 +109,8 @@ def _clip(item: Candidate, size_px: tuple[int, int], config: DataConfig) -> tupl
     if box != item.box:
         return box, Problem(item.path, "clipped box", f"{item.box} reaches outside {width}x{height}")
     longer = max(box[2] - box[0], box[3] - box[1])
+    if longer < LEAST_BOX_PX:
+        return None, Problem(item.path, "bad bounding box", f"{longer} px across show nothing")
     if longer * (1 + 2 * config.box_margin_max) < config.min_side_px:
         reason = f"{longer} px, with its margin below --data.min_side_px {config.min_side_px}"
         return box, Problem(item.path, "small box", reason)

@@ -13,6 +13,7 @@ from dfu_mlflow.errors import UserError
 
 Pixels = npt.NDArray[np.uint8]
 
+TWELVE_BITS = 4095.0
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
 
@@ -40,7 +41,8 @@ def decode_rgb(content: bytes, name: str) -> Pixels:
         with Image.open(io.BytesIO(content)) as image:
             return np.array(_upright_rgb(image))
     except UnidentifiedImageError:
-        raise UserError(f"{name} cannot be decoded: not an image in a known format") from None
+        kind = "HEIC, whatever its name: convert it" if content[4:8] == b"ftyp" else "not an image in a known format"
+        raise UserError(f"{name} cannot be decoded: {kind}") from None
     except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, struct.error, KeyError and others
         raise UserError(f"{name} cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
 
@@ -74,13 +76,14 @@ def _in_srgb(image: Image.Image) -> Image.Image:
 def _to_8_bit(values: npt.NDArray[np.generic]) -> Pixels:
     """Scale a deep greyscale image [H, W] by its container's range; Pillow's own `convert` clips at 255.
 
-    Floats are taken as 0..1, 0..255 or 0..65535, whichever is the smallest range that holds them.
+    Floats are taken as 0..1, 0..255 or 0..65535, integers as 12 or 16 bits, whichever is the smallest range that holds
+    them.
     """
     deep = values.astype(np.float64)
     if not np.isfinite(deep).all():
         raise ValueError("not finite in some pixels")
     if deep.min() < 0:
         deep = deep - deep.min()
-    ceilings = (1.0, 255.0, 65535.0) if values.dtype.kind == "f" else (65535.0,)
+    ceilings = (1.0, 255.0, 65535.0) if values.dtype.kind == "f" else (TWELVE_BITS, 65535.0)
     ceiling = next((top for top in ceilings if deep.max() <= top), deep.max())
     return np.rint(deep * (255.0 / ceiling)).astype(np.uint8)

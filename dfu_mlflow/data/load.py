@@ -11,7 +11,7 @@ from dfu_mlflow.data.audit import NOTES, Audit, ClassCount, Problem, refuse_bad_
 from dfu_mlflow.data.cache import RowCache, default_cache_dir
 from dfu_mlflow.data.cleaning import near_duplicates, usable_records, without_duplicates
 from dfu_mlflow.data.inspection import inspect_files
-from dfu_mlflow.data.patients import assign_patients
+from dfu_mlflow.data.patients import assign_patients, refuse_twins
 from dfu_mlflow.data.phantom_folder import render_phantom
 from dfu_mlflow.data.sources import Source, find_source
 from dfu_mlflow.data.split import split_by_patient
@@ -39,6 +39,9 @@ def load_split(config: DataConfig, seed: int) -> tuple[Split, Audit]:
     config, root = _resolve_root(config)
     source = find_source(config, root)
     candidates = assign_patients(source.candidates, config.group_by)
+    refuse_twins((item.label for item in candidates), "classes")
+    if config.group_by != "none":  # else patients are names of files
+        refuse_twins((str(item.patient) for item in candidates), "patients")
     paths = list(dict.fromkeys(candidate.path for candidate in candidates))
     inspections, problems = inspect_files(paths, config.min_side_px, RowCache(default_cache_dir(config)))
     records, bad_boxes = usable_records(candidates, inspections, config)
@@ -67,6 +70,9 @@ def _audit(source: Source, records: Sequence[Record], problems: Sequence[Problem
     faulty = {problem.path for problem in problems if problem.kind not in NOTES}
     return Audit(
         files=len(source.files),
+        left_out_files=len(source.files - used),
+        images=len(records),
+        boxed_images=sum(record.box is not None for record in records),
         unusable_files=len((source.files & faulty) - used),
         ignored_files=source.ignored_files,
         classes=(),

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from dfu_mlflow.data.tables import Candidate
 from dfu_mlflow.errors import UserError
 
 EXAMPLES = 3
+
+
+def refuse_twins(names: Iterable[str], what: str) -> None:
+    """Names that differ in case or in how accents are written are one name, typed twice.
+
+    Raises:
+        UserError: naming two of them.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        first = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if first != name:
+            raise UserError(f"{what} {first} and {name}: are they one? Write them alike, or apart")
 
 
 def assign_patients(candidates: Sequence[Candidate], group_by: str | None) -> tuple[Candidate, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dfu_mlflow.config.prompts import MINIMAL
 from dfu_mlflow.config.schema import DataConfig
 from dfu_mlflow.data.audit import Problem
 from dfu_mlflow.data.tables import Candidate, attach_boxes, read_boxes, read_manifest
@@ -128,15 +129,17 @@ def _find_folders(root: Path, classes: tuple[str, ...] | None) -> Source:
 
 
 def _refuse_patients_as_classes(root: Path, images: Sequence[Path]) -> None:
-    """Folders that differ from one first folder to the next are no classes of several modalities."""
+    """Folders that differ from one first folder to the next are no classes of several modalities, nor are those of
+    visits below the phases."""
     inner: dict[str, set[str]] = {}
     for path in images:
         inner.setdefault(path.parent.parent.name, set()).add(path.parent.name)
-    if len({frozenset(names) for names in inner.values()}) > 1:
+    phases_outside = inner.keys() <= MINIMAL.keys() and not any(names & MINIMAL.keys() for names in inner.values())
+    if phases_outside or len({frozenset(names) for names in inner.values()}) > 1:
         raise UserError(
-            f"--data.root {root}: are the {len(inner)} folders in it classes, each with a folder a patient, or do the "
-            "folders below them name classes? Put pictures straight into root/CLASS/ (--data.group_by finds patients "
-            "in file names), or name the classes with --data.classes"
+            f"--data.root {root}: are the {len(inner)} folders in it classes, each with folders of "
+            "patients or visits, or do the folders below them name classes? Put pictures straight into root/CLASS/ "
+            "(--data.group_by finds patients in file names), or name the classes with --data.classes"
         )
 
 

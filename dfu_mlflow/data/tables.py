@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -14,6 +15,10 @@ from dfu_mlflow.errors import UserError
 from dfu_mlflow.types import Box
 
 BOX_COLUMNS = ("xmin", "ymin", "xmax", "ymax")
+OTHER_BOXES = ({"x", "y", "width", "height"}, {"x", "y", "w", "h"}, {"x1", "y1", "x2", "y2"})
+"""Columns of boxes written otherwise."""
+NOBODY = frozenset({"", "na", "n/a", "nan", "none", "null", "unknown"})
+"""What programs and people write where a patient is not known."""
 DELIMITERS = ",;\t"
 
 Row = dict[str, str]
@@ -60,16 +65,16 @@ def read_manifest(
     """
     rows = _read_rows(path, ("path", "label"), "--data.manifest")
     column = _patient_column(path, rows[0], group_by)
-    with_boxes = all(name in rows[0] for name in BOX_COLUMNS)
+    with_boxes = _has_boxes(path, rows)
     candidates: list[Candidate] = []
     problems: list[Problem] = []
     nameless: list[str] = []
     for row in rows:
         file = (root or path.parent) / row["path"].replace("\\", "/")
-        if not row["label"]:
+        if row["label"].lower() in ("", "nan"):
             problems.append(Problem(file, "no label", "the manifest leaves its label empty"))
             continue
-        if column is not None and not row[column]:
+        if column is not None and row[column].lower() in NOBODY:
             nameless.append(row["path"])
         try:
             box = _box(row) if with_boxes and any(row[name] for name in BOX_COLUMNS) else None
@@ -79,7 +84,7 @@ def read_manifest(
         patient = row[column] if column is not None else None
         candidates.append(Candidate(file, row["label"], row["path"], patient, box))
     if nameless:
-        raise UserError(f"--data.manifest {path}: column {column} is empty for {_some(nameless)}")
+        raise UserError(f"--data.manifest {path}: column {column} names nobody for {_some(nameless)}")
     return tuple(sorted(candidates, key=lambda item: (item.path, item.box or ()))), tuple(problems)
 
 
@@ -91,12 +96,41 @@ def read_boxes(path: Path) -> BoxTable:
     """
     boxes: dict[str, list[Box]] = defaultdict(list)
     problems: list[Problem] = []
-    for row in _read_rows(path, ("filename", *BOX_COLUMNS), "--data.bounding_boxes"):
+    rows = _read_rows(path, ("filename", *BOX_COLUMNS), "--data.bounding_boxes")
+    _refuse_shares(path, rows)
+    for row in rows:
         try:
             boxes[_normal(row["filename"])].append(_box(row))
         except ValueError as error:
             problems.append(Problem(Path(row["filename"]), "bad bounding box", str(error)))
     return BoxTable(path, {name: tuple(found) for name, found in boxes.items()}, tuple(problems))
+
+
+def _has_boxes(path: Path, rows: Sequence[Row]) -> bool:
+    """Whether the manifest's rows carry boxes.
+
+    Raises:
+        UserError: for a part of the columns, or boxes written in another way: the pictures would be used whole.
+    """
+    columns = set(rows[0])
+    missing = [name for name in BOX_COLUMNS if name not in columns]
+    if not missing:
+        _refuse_shares(path, rows)
+        return True
+    if len(missing) < len(BOX_COLUMNS) or any(other <= columns for other in OTHER_BOXES):
+        raise UserError(
+            f"{path} lacks the column {', '.join(missing)}: boxes are xmin, ymin, xmax, ymax in pixels, and it has "
+            f"{', '.join(rows[0])}"
+        )
+    return False
+
+
+def _refuse_shares(path: Path, rows: Sequence[Row]) -> None:
+    """Boxes as annotation tools write them for networks would be a pixel wide."""
+    cells = [row[name].replace(",", ".") for row in rows for name in BOX_COLUMNS]
+    corners = [float(cell) for cell in cells if cell.replace(".", "", 1).isdecimal()]
+    if corners and max(corners) <= 1:
+        raise UserError(f"{path}: all corners lie between 0 and 1, shares of the picture: give pixels")
 
 
 def attach_boxes(candidates: Sequence[Candidate], table: BoxTable) -> tuple[tuple[Candidate, ...], tuple[Problem, ...]]:
@@ -141,16 +175,20 @@ def attach_boxes(candidates: Sequence[Candidate], table: BoxTable) -> tuple[tupl
 def _read_rows(path: Path, required: Sequence[str], flag: str) -> list[Row]:
     """Rows with lower-case column names; comma, semicolon or tab between them, as spreadsheets of all lands write."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
+        text = content.decode("utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8: save it as CSV UTF-8"
         raise UserError(f"{flag} {path} cannot be read: {reason}") from None
     header = text.partition("\n")[0]
     try:
         table = list(csv.reader(text.splitlines(), delimiter=max(DELIMITERS, key=header.count)))
     except csv.Error as error:
         raise UserError(f"{flag} {path} is no CSV: {error}") from None
-    columns = [column.strip().lower() for column in table[0]] if table else []
+    columns = [_column(name) for name in table[0]] if table else []
+    twice = sorted(name for name, count in Counter(columns).items() if name and count > 1)
+    if twice:
+        raise UserError(f"{flag} {path} has the column {', '.join(twice)} more than once")
     missing = [column for column in required if column not in columns]
     if missing:
         raise UserError(f"{flag} {path} lacks the column {', '.join(missing)}: it has {', '.join(columns) or 'none'}")
@@ -161,6 +199,13 @@ def _read_rows(path: Path, required: Sequence[str], flag: str) -> list[Row]:
     if not rows:
         raise UserError(f"{flag} {path} has no rows")
     return rows
+
+
+def _column(name: str) -> str:
+    """Lower case; `x_min` and `X min` are `xmin`."""
+    name = name.strip().lower()
+    joined = name.replace("_", "").replace(" ", "").replace("-", "")
+    return joined if joined in BOX_COLUMNS else name
 
 
 def _patient_column(path: Path, row: Row, group_by: str | None) -> str | None:

@@ -118,7 +118,7 @@ def test_folders_of_patients_are_no_classes(
     for label, patient in (("I", "Miller"), ("I", "Smith"), ("P", "Jones")):
         for number in range(2):
             write_picture(tmp_path / "data" / label / patient / f"{number}.png", len(patient) * 10 + number)
-    with pytest.raises(UserError, match="are the 2 folders in it classes, each with a folder a patient"):
+    with pytest.raises(UserError, match="are the 2 folders in it classes, each with folders of patients"):
         load_split(make_config(root=str(tmp_path / "data"), group_by="none"), 0)
 
 
@@ -244,7 +244,7 @@ def test_manifest_reports_missing_files_and_labels(clinic: Path, tmp_path: Path,
     with pytest.raises(UserError, match="patients cannot be told"):
         load_split(config.model_copy(update={"group_by": None}), 0)
     manifest.write_text("path,label,who\nI/a.png,I,\n")
-    with pytest.raises(UserError, match=r"column who is empty for I/a\.png"):
+    with pytest.raises(UserError, match=r"column who names nobody for I/a\.png"):
         load_split(config, 0)
     manifest.write_text("path,who\nI/a.png,1\n")
     with pytest.raises(UserError, match="lacks the column label: it has path, who"):
@@ -303,3 +303,69 @@ def test_phantom_is_rendered_once_and_divided_by_patient(tmp_path: Path, make_co
     again, _ = load_split(config, 0)
     assert again.train[0].path.stat().st_mtime_ns == before
     assert dataset_digest(again) == dataset_digest(split)
+
+
+def manifest_of(clinic: Path, header: str, row: Callable[[Path, int], str]) -> Path:
+    pictures = sorted(clinic.rglob("*.png"))
+    file = clinic.parent / "manifest.csv"
+    lines = [header, *(row(path.relative_to(clinic), number) for number, path in enumerate(pictures))]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "words"),
+    [
+        ("path,label,patient,xmin,ymin,xmax", "{path},{label},{patient},4,4,30", "lacks the column ymax"),
+        ("path,label,patient,x,y,width,height", "{path},{label},{patient},4,4,30,30", "boxes are xmin, ymin"),
+        ("path,label,patient,xmin,ymin,xmax,ymax", "{path},{label},{patient},0.1,0.2,0.8,0.9", "give pixels"),
+        ("path,label,label,patient", "{path},{label},{label},{patient}", "label more than once"),
+        ("path,label,patient", "{path},{label},NaN", "names nobody"),
+        ("path,label,patient", "{path},{either},{patient}", "classes I and i: are they one"),
+        ("path,label,patient", "{path},{label},{patients}", "patients p000 and P000: are they one"),
+    ],
+)
+def test_tables_that_would_be_misunderstood_are_refused(
+    clinic: Path, make_config: MakeConfig, header: str, row: str, words: str
+) -> None:
+    def line(path: Path, number: int) -> str:
+        label, patient = path.parent.name, path.name[5:8]
+        either = {"either": label.lower() if number % 2 else label, "patients": f"{'P' if number else 'p'}{patient}"}
+        return row.format(path=path.as_posix(), label=label, patient=patient, **either)
+
+    manifest = manifest_of(clinic, header, line)
+    with pytest.raises(UserError, match=words):
+        load_split(make_config(manifest=manifest), 0)
+
+
+def test_columns_of_boxes_may_be_written_in_words(clinic: Path, make_config: MakeConfig) -> None:
+    header = "path,label,patient,x_min,Y Min,x-max,YMAX"
+    manifest = manifest_of(
+        clinic, header, lambda path, _: f"{path.as_posix()},{path.parent.name},{path.name[5:8]},4,4,30,28"
+    )
+    manifest.write_bytes(manifest.read_text(encoding="utf-8").encode("utf-16"))
+    split, audit = load_split(make_config(manifest=manifest), 0)
+    assert {record.box for record in split.train} == {(4, 4, 30, 28)}
+    assert "12 of 12 images are cut out by a bounding box" in str(audit.in_short())
+
+
+def test_what_is_left_out_is_counted_once(clinic: Path, tmp_path: Path, make_config: MakeConfig) -> None:
+    named = [path.name for path in sorted(clinic.rglob("*.png"))][:-2]
+    boxes = tmp_path / "boxes.csv"
+    lines = [f"{name},{low},4,30,28" for name in named for low in (3, 4)]
+    boxes.write_text("\n".join(["Filename,Xmin,Ymin,Xmax,Ymax", *lines]), encoding="utf-8")
+    _, audit = load_split(make_config(group_by=PATTERN, bounding_boxes=boxes), 0)
+    assert (audit.files, audit.left_out_files, audit.unusable_files) == (12, 2, 0)
+    assert (audit.images, audit.boxed_images) == (20, 20)
+    assert str(audit.in_short()).startswith("2 of 12 image files are left out")
+    assert "2 left out, of these 0 unusable" in audit.table()
+
+
+def test_visits_below_phases_are_no_classes(
+    write_picture: WritePicture, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    for number, label in enumerate("IPR"):
+        for visit in ("baseline", "week4"):
+            write_picture(tmp_path / "photographs" / label / visit / f"P{number}.png", number)
+    with pytest.raises(UserError, match="folders of patients or visits"):
+        load_split(make_config(group_by=r"P(\d)"), 0)

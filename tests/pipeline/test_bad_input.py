@@ -44,8 +44,33 @@ def run(
     assert list(place.iterdir()) == [], "something was left behind"
 
 
-def test_unknown_key(run: Run) -> None:
-    assert "--train.epoch: unknown (did you mean --train.epochs?)" in run("--train.epoch", "3")
+@pytest.mark.parametrize(
+    ("flag", "hint"),
+    [
+        ("train.epoch", "train.epochs"),
+        ("train.lr", "train.learning_rate"),
+        ("daata.root", "data.root"),
+        ("loss.weight", "loss.perceptual_loss.weight"),
+    ],
+)
+def test_unknown_key(flag: str, hint: str, run: Run) -> None:
+    assert f"--{flag}: unknown (did you mean --{hint}?)" in run(f"--{flag}", "3")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--evaluation.best_metric", "kdi"], "--evaluation.best_metric kdi: unknown; there are "),
+        (["--evaluation.success", "{metric: val_loss, below: 1}"], "--evaluation.success.metric val_loss: unknown"),
+        (["--registry.name", "a/b:c"], "--registry.name 'a/b:c'"),
+        (["--registry.alias", "v2"], "--registry.alias 'v2'"),
+        (["--registry.alias", "latest"], "--registry.alias 'latest'"),
+        (["--tracking.experiment", ""], "--tracking.experiment"),
+        (["--resume", "lastest"], "--resume lastest is no checkpoint: give none, latest, best"),
+    ],
+)
+def test_names_that_would_be_missed_at_the_end_are_refused_at_the_start(flags: list[str], words: str, run: Run) -> None:
+    assert words in run(*flags)
 
 
 def test_wrong_types_and_unknown_keys_are_told_together(run: Run) -> None:

@@ -66,6 +66,8 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
     ],
     "diagnose": [
         ([], "--run"),
+        (["--checkpoint", "empty"], "holds no weights"),
+        (["--checkpoint", "runs"], "runs/0a1b"),
         (["--run", "0" * 32], "0" * 32),
         (["--run", "../../etc"], "../../etc"),
         (["--checkpoint", "nowhere"], "nowhere"),
@@ -94,7 +96,7 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
         (["--fast", "perhaps"], "--fast"),
     ],
 }
-UNKNOWN = [(["--no.such.flag", "1"], "--no: unknown"), (["--nothing"], "--nothing")]
+UNKNOWN = [(["--no.such.flag", "1"], "--no.such.flag: unknown"), (["--nothing"], "--nothing")]
 SOURCE_FIRST = ("diagnose", "evaluate", "promote")
 """These read flags over the configuration of what they look at, so that is looked up first."""
 
@@ -105,6 +107,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("bad")
     place = folder / "place"
     (place / "pickled" / "unet").mkdir(parents=True)
+    (place / "empty").mkdir()
+    (place / "runs" / "0a1b" / "checkpoints").mkdir(parents=True)
     torch.save({"weight": torch.zeros(1)}, place / "pickled" / "weights.safetensors")
     torch.save({"weight": torch.zeros(1)}, place / "pickled" / "unet" / "diffusion_pytorch_model.bin")
     (place / "pickled" / "state.json").write_text(json.dumps({"step": 1}), encoding="utf-8")

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ import torch
 from dfu_mlflow import entry
 from dfu_mlflow.errors import ConfigError, Interrupted, UserError
 from entrypoints import test as checks_entry
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -111,3 +114,44 @@ def test_a_process_without_an_accelerator_does_not_load_triton() -> None:
         "sys.exit(entry.run(main, []))"
     )
     assert subprocess.run([sys.executable, "-c", program], timeout=120, check=False).returncode == 4
+
+
+@pytest.mark.parametrize(
+    "name", ["train", "evaluate", "sample", "serve", "promote", "diagnose", "study", "tune", "test"]
+)
+def test_help_names_every_setting_and_touches_nothing(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", f"entrypoints.{name}", "--help"]
+    place = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=place, capture_output=True, text=True, timeout=120, check=True)
+    assert f"-e {name}" in done.stdout.splitlines()[0]
+    wanted = {"sample": "--sample.per_class 8", "serve": "--serve.port 8000", "test": "--fast False"}
+    assert wanted.get(name, "--train.epochs 2") in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
+    program = (
+        "import sys; from dfu_mlflow import entry\n"
+        "def main(_):\n"
+        "    for _ in range(100_000): print('word')\n"
+        "sys.exit(entry.run(main, []))"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as writer:
+        assert writer.stdout is not None
+        assert writer.stderr is not None
+        writer.stdout.readline()
+        writer.stdout.close()
+        assert writer.stderr.read() == b""
+        assert writer.wait(timeout=60) == 141
+
+
+def test_a_file_where_a_folder_should_be_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+
+    def main(_: Sequence[str]) -> int:
+        (tmp_path / "file" / "below").mkdir(parents=True)
+        return 0
+
+    assert entry.run(main, []) == 2
+    assert "file/below: not a directory" in capsys.readouterr().err

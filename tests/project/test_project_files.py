@@ -138,7 +138,7 @@ def test_entry_point_is_a_module(entry: str) -> None:
     assert PROJECT["entry_points"][entry]["command"].split()[:3] == ["python", "-m", f"entrypoints.{entry}"]
     source = (ROOT / "entrypoints" / f"{entry}.py").read_text(encoding="utf-8")
     assert f"mlflow run . -e {entry}" in source
-    assert "entry.run(main)" in source
+    assert "entry.run(main" in source
 
 
 def test_every_entry_point_is_in_mlproject() -> None:

@@ -40,6 +40,7 @@ def evidence(**change: Any) -> Evidence:
             **by_class("P", BETTER),
         },
         rival="the champion (dfu-sampler/1)",
+        labels=("I", "P"),
     )
     return replace(good, **change)
 
@@ -80,6 +81,7 @@ def test_all_clauses_hold_and_carry_their_figures() -> None:
         ("quality", {"first": True}, {}, "it must be better"),
         ("quality", {}, {"quality": {"margin": 0.03}}, "reaches further than gates.quality.margin 0.03"),
         ("classes", {"compared": by_class("R", WORSE)}, {}, "R/kid: worse"),
+        ("classes", {"compared": {"kid": compare("kid", NOT_WORSE, "smaller", 240)}}, {}, "too few pictures of each"),
         ("classes", {"compared": {}, "notes": {"kid": "too few"}}, {}, "kid was not compared: too few"),
         ("memorisation", {"figures": {f"memorisation/sscd/{name}": value for name, value in COPIES.items()}}, {},
          "sscd/copy_excess is 0.2, at least 0.1; memorisation.max_copy_excess allows 0"),
@@ -107,7 +109,7 @@ def test_a_refusal_is_by_its_own_clause_and_says_why(
 @pytest.mark.parametrize(
     ("change", "sections"),
     [
-        ({"first": True, **quality(BETTER)}, {}),
+        ({"first": True, "labels": ("I",), **quality(BETTER)}, {}),  # of one class alone nothing is given by class
         ({"first": True}, {"quality": {"against_base": "not_worse"}}),
         ({}, {"quality": {"margin": 0.05}}),
         (
@@ -130,7 +132,7 @@ def test_what_passes(change: dict[str, Any], sections: dict[str, Any]) -> None:
 
 def test_a_class_with_few_pictures_passes_and_is_named() -> None:
     found = {**evidence().compared, **by_class("R", WORSE, 20)}
-    answer = answers(evidence(compared=found), gates())["classes"]
+    answer = answers(evidence(compared=found, labels=("I", "P", "R")), gates())["classes"]
     assert answer.passed
     assert "too few pictures of R" in answer.sentence
 

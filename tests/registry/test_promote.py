@@ -98,6 +98,11 @@ def test_the_first_champion_is_better_than_the_base(arena: Arena, champion: Regi
     assert "against the untouched base, kid: " in outcome.answers[1].sentence
     assert version_at(NAME, "champion") is None
 
+    outcome = challenge(champion, [*QUICK, "--gates.classes.enabled", "true"])
+    assert refused_by(outcome) == ["classes"]
+    assert "refused by classes" in outcome.sentences[-1]
+    assert version_at(NAME, "champion") is None
+
     outcome = challenge(champion, [])
     assert outcome.promoted, outcome.sentences
     assert version_at(NAME, "champion") == champion.version

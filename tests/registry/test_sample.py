@@ -184,6 +184,18 @@ def test_files_do_not_depend_on_the_devices(
 
 
 @pytest.mark.usefixtures("registered")
+def test_a_folder_of_photographs_is_not_drawn_into(tmp_path: Path) -> None:
+    photograph = tmp_path / "I" / "280_P003011BDLW.png"
+    photograph.parent.mkdir()
+    photograph.touch()
+    with pytest.raises(UserError, match="holds other files: give an empty folder"):
+        sample(config(tmp_path, *OPEN))
+    with pytest.raises(UserError, match="is no folder"):
+        sample(config(photograph, *OPEN))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [photograph]
+
+
+@pytest.mark.usefixtures("registered")
 def test_a_compiled_model_is_compiled_once_and_draws_the_same_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

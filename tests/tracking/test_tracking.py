@@ -165,6 +165,19 @@ def test_no_patient_is_named_in_what_leaves_the_machine(text: str | UserError) -
     assert "Hans" not in masked(text)
 
 
+def test_a_database_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    before = mlflow.get_tracking_uri()
+    try:
+        mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/below/that/is/made/mlflow.db")
+        check_store()
+        mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/file/mlflow.db")
+        with pytest.raises(UserError, match="cannot be written: set MLFLOW_TRACKING_URI"):
+            check_store()
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
 def test_a_store_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     before = mlflow.get_tracking_uri()
