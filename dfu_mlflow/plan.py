@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from dfu_mlflow.base.load import resolve_base
 from dfu_mlflow.batches import steps_per_epoch
 from dfu_mlflow.config.load import dump_yaml
@@ -18,7 +20,10 @@ def print_plan(config: RunConfig) -> None:
     """
     source = read_source(config)
     print(dump_yaml(config))
-    print("\n".join([*_data_lines(source), *_step_lines(config, source), *_size_lines(config)]))
+    lines = [*_data_lines(source), *_step_lines(config, source), *_size_lines(config)]
+    if not Path(base := resolve_base(config.base_model)).is_dir():
+        lines.append(f"base {base} is no folder here: it is fetched from the hub, unless the hub's cache holds it")
+    print("\n".join(lines))
 
 
 def _data_lines(source: Source) -> list[str]:

@@ -39,3 +39,14 @@ def test_dry_run(
         assert part in printed, part
     assert list(place.iterdir()) == []
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_of_the_hub_is_said_to_be_fetched(
+    small_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_yaml(small_config))
+    monkeypatch.chdir(tmp_path)
+    hub = "stabilityai/stable-diffusion-xl-base-1.0"
+    assert entry.run(train.main, ["--config", str(file), "--dry-run", "--base_model", hub]) == 0
+    assert f"base {hub} is no folder here: it is fetched from the hub" in capsys.readouterr().out
