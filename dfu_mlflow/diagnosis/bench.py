@@ -161,13 +161,12 @@ class Bench:
 
     def sampler(self, shown: Shown, settings: Settings | None = None) -> Sampler:
         """Draws with the fine-tuned weights, by the run's own settings."""
-        self.require("prompts", "sampling")
-        return self.model(shown, settings)
+        return self.model(shown, settings, ("prompts", "sampling"))
 
-    def model(self, shown: Shown, settings: Settings | None = None) -> Sampler:
+    def model(self, shown: Shown, settings: Settings | None = None, parts: tuple[str, ...] = ("prompts",)) -> Sampler:
         """The same for losses, to which it does not matter how the run draws."""
         pipe = copy.copy(self.material.pipe)
-        self.require("prompts")
+        self.require(*parts)
         pipe.register_modules(unet=self.unet(shown))
         chosen = settings or sampling_settings(self.config, self.material.train)
         return Sampler(pipe, self.material.conditioner, chosen, self.config.sampling.batch_size)

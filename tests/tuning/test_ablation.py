@@ -13,12 +13,13 @@ import yaml
 from mlflow import MlflowClient
 
 import tuning.ablation.study as module
+from dfu_mlflow.alone import alone
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import dump_yaml, validate
 from dfu_mlflow.config.study import PLANS, read_plan
 from dfu_mlflow.errors import Interrupted, UserError
 from tuning.ablation.runs import lay_out
-from tuning.ablation.study import study
+from tuning.ablation.study import LOCK, study
 
 PLAN = {
     "factors": {
@@ -147,10 +148,8 @@ def test_trainings_that_fail_in_a_row_are_tried_again_by_the_same_command(
 
 
 def test_two_processes_on_one_folder(files: tuple[str, str]) -> None:
-    with module.alone_in(Path("out")), pytest.raises(UserError, match="another process works on the study in"):
+    with alone(Path("out") / LOCK, "busy"), pytest.raises(UserError, match="another process works on the study in"):
         study(*files, [])
-    with module.alone_in(Path("out")):
-        pass
 
 
 def test_every_built_in_plan_can_be_configured() -> None:
