@@ -110,7 +110,7 @@ def compare(sampler: Sampler, work: Work, repeats: int) -> bool:
 
 def compare_compiled(sampler: Sampler, compiled: Sampler, work: Work, repeats: int) -> None:
     """Print what compiling costs once, and the plain and the compiled sampler's times, in turns."""
-    compiled.compile(compiled.batch_size)
+    compiled.compile()
     first_s, *_ = timed(lambda: compiled.draw(work.labels[:1], work.seeds[:1]))
     ratios = []
     for _ in range(repeats):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -55,6 +56,7 @@ def run(
     main: Callable[[Sequence[str]], int],
     arguments: Sequence[str] | None = None,
     settings: type[BaseModel] | None = None,
+    options: Mapping[str, str] | None = None,
 ) -> int:
     """Call `main` with the command line and give back the process's exit code.
 
@@ -62,6 +64,7 @@ def run(
         main: takes the arguments after the program's name, gives back an exit code.
         arguments: None is this process's own command line.
         settings: what it can be configured by, for `--help`.
+        options: its own options and their defaults, for the same; they stand before settings of that name.
 
     Returns:
         main's code; 2 after a `UserError` or where a file is closed to this user or no folder, 130 after `Interrupted`
@@ -74,14 +77,16 @@ def run(
     given = sys.argv[1:] if arguments is None else arguments
     try:
         if {"-h", "--help"} & set(given):
-            print(help_text(main, settings))
+            print(help_text(main, settings, options or {}))
             return 0
         return main(given)
     except UserError as error:
         return _end(USER_ERROR_CODE, f"error: {_line(error)}")
     except (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError) as error:
         return _end(USER_ERROR_CODE, f"error: {error.filename or _line(error)}: {(error.strerror or 'closed').lower()}")
-    except BrokenPipeError:  # `| head`: whoever read has seen enough
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CODE
     except (Interrupted, KeyboardInterrupt) as error:
@@ -92,13 +97,25 @@ def run(
         raise
 
 
-def help_text(main: Callable[[Sequence[str]], int], settings: type[BaseModel] | None) -> str:
-    """What an entry point does, and every setting with its default."""
+def help_text(
+    main: Callable[[Sequence[str]], int], settings: type[BaseModel] | None, options: Mapping[str, str]
+) -> str:
+    """What an entry point does, its own options, and every setting with its default."""
     lines = [(sys.modules[main.__module__].__doc__ or "").strip(), "", main.__doc__ or ""]
+    if options:
+        lines += ["", "Options and their defaults (as -P NAME=VALUE with mlflow run):"]
+        lines += [f"  --{name} {value or '(not set)'}" for name, value in options.items()]
     if settings is not None:
-        lines += ["", "Settings and their defaults (as -P NAME=VALUE with mlflow run; units are in dfu_mlflow/config):"]
-        lines += described(settings)
+        lines += ["", "Settings and their defaults (the same way; units are in dfu_mlflow/config):"]
+        lines += [line for line in described(settings) if line.split()[0].removeprefix("--") not in options]
     return "\n".join(lines)
+
+
+def _reader_left() -> bool:
+    """`| head`: whoever read stdout has seen enough. Any other broken pipe is a defect."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _end(code: int, line: str) -> int:

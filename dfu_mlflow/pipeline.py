@@ -36,6 +36,7 @@ from dfu_mlflow.tracking import track
 from dfu_mlflow.tracking_store import check_store
 from dfu_mlflow.trainer import Parts
 from dfu_mlflow.training_run import Supervisor, TrainingRun
+from dfu_mlflow.verdict import check_names
 
 
 def run_training(
@@ -57,18 +58,21 @@ def run_training(
         Interrupted: after Ctrl-C or SIGTERM; a checkpoint has been written. `Pruned` where the supervisor says so.
     """
     device = make_current(pick_device(config.device))
-    with StopRequest() as stop, joined(device, config.runtime.timeout_s, stop) as ranks, ranks.explained():
+    with (
+        StopRequest() as stop,
+        joined(device, config.runtime.timeout_s, stop) as ranks,
+        ranks.explained(),
+        ExitStack() as held,
+    ):
         check_launch(config.train, ranks.count)
-        if supervisor is not None and ranks.count > 1:
-            raise UserError(
-                f"tune and study compare trainings of one process each, and {ranks.count} run: start them without a "
-                "launcher; any number of them on one tune.study share its trials"
-            )
+        if supervisor is not None:
+            _check_single(ranks)
         config = config.model_copy(update={"runtime": _runtime(config, ranks)})
         check_disk(config, resolve_base(config.base_model))
-        resumed_from = ranks.decided(lambda: find_checkpoint(config.resume, config.output_dir), "the start")
+        resumed_from = ranks.decided(lambda: _claimed_checkpoint(config, held), "the start")
         with ranks.main_first("preparation"):
             source = read_source(config)
+            check_names(config.evaluation, source.split.classes)
             if ranks.main:  # hours of encoding are not to end at a store or a folder that cannot be written
                 check_output_folder(config.output_dir)
                 check_store()
@@ -81,23 +85,38 @@ def run_training(
             folder = resumed_from.parent.parent if resumed_from else config.output_dir
             return train(Participant(config, equipment, ranks, folder, {}), checkpoint)
         given = supervisor.run_id if supervisor else None
-        with ExitStack() as open_run:
-            if resumed_from:
-                open_run.enter_context(_trained_by_one(resumed_from.parent.parent))
-            tracker = open_run.enter_context(track(config, checkpoint.state["run_id"] if checkpoint else given))
-            # Explained inside the MLflow run: its `exit.reason` is to name the rank that is missing.
-            open_run.enter_context(ranks.explained())
-            folder = resumed_from.parent.parent if resumed_from else config.output_dir / tracker.run_id[:8]
-            if not resumed_from:
-                open_run.enter_context(_trained_by_one(folder))
-            run = TrainingRun(config, equipment, tracker, ranks, folder, supervisor)
-            run.describe(digest)
-            result = train(run, checkpoint)
-            if supervisor is not None:
-                result = supervisor.finished(run, result)
-            if publish is not None:
-                publish(result)
+        tracker = held.enter_context(track(config, checkpoint.state["run_id"] if checkpoint else given))
+        # Explained inside the MLflow run: its `exit.reason` is to name the rank that is missing.
+        held.enter_context(ranks.explained())
+        folder = resumed_from.parent.parent if resumed_from else config.output_dir / tracker.run_id[:8]
+        if not resumed_from:
+            held.enter_context(_trained_by_one(folder))
+        run = TrainingRun(config, equipment, tracker, ranks, folder, supervisor)
+        run.describe(digest)
+        result = train(run, checkpoint)
+        if supervisor is not None:
+            result = supervisor.finished(run, result)
+        if publish is not None:
+            publish(result)
     return result
+
+
+def _check_single(ranks: Ranks) -> None:
+    if ranks.count > 1:
+        raise UserError(
+            f"tune and study compare trainings of one process each, and {ranks.count} run: start them without a "
+            "launcher; any number of them on one tune.study share its trials"
+        )
+
+
+def _claimed_checkpoint(config: RunConfig, held: ExitStack) -> Path | None:
+    """What to resume from, of a run that no other process trains; a newer one where the other ended just now."""
+    found = find_checkpoint(config.resume, config.output_dir)
+    if found is None:
+        return None
+    held.enter_context(_trained_by_one(found.parent.parent))
+    newest = find_checkpoint(config.resume, config.output_dir)
+    return newest if newest is not None and newest.parent == found.parent else found
 
 
 def _trained_by_one(folder: Path) -> AbstractContextManager[None]:

@@ -10,6 +10,7 @@ from dfu_mlflow.config.load import dump_yaml
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.memory import GIB, free_bytes, kept_checkpoints, memory_plan
 from dfu_mlflow.preparation import Source, read_source
+from dfu_mlflow.verdict import check_names
 
 
 def print_plan(config: RunConfig) -> None:
@@ -19,6 +20,7 @@ def print_plan(config: RunConfig) -> None:
         UserError: for whatever would stop the run itself before its first step.
     """
     source = read_source(config)
+    check_names(config.evaluation, source.split.classes)
     print(dump_yaml(config))
     lines = [*_data_lines(source), *_step_lines(config, source), *_size_lines(config)]
     if not Path(base := resolve_base(config.base_model)).is_dir():

@@ -15,7 +15,6 @@ from dfu_mlflow.data import Audit, RowCache, default_cache_dir, encode_evaluatio
 from dfu_mlflow.runtime import pick_device
 from dfu_mlflow.sampling import Settings
 from dfu_mlflow.types import Latents, Pipeline, Split
-from dfu_mlflow.verdict import check_names
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,8 @@ def read_source(config: RunConfig) -> Source:
     """Find, audit and split the photographs; every complaint comes before anything heavy is loaded.
 
     Raises:
-        UserError: see `check_names`, `load_split`, `resolve_prompts` and `resolve_base`.
+        UserError: see `load_split`, `resolve_prompts` and `resolve_base`.
     """
-    check_names(config.evaluation)
     resolve_base(config.base_model)
     split, audit = load_split(config.data, config.seed)
     return Source(split, audit, resolve_prompts(config.prompts, split.classes))

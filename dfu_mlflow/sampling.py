@@ -7,6 +7,7 @@ the image's own seed.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,8 +33,10 @@ from dfu_mlflow.denoising import Guidance, Solver, decode, denoise
 from dfu_mlflow.documents import read_document
 from dfu_mlflow.ema import copy_into
 from dfu_mlflow.errors import UserError
-from dfu_mlflow.runtime import generator, in_slices, pick_device, use_precision
+from dfu_mlflow.runtime import generator, in_slices, pick_device, release_memory, use_precision
 from dfu_mlflow.types import Conditioning, Pipeline
+
+logger = logging.getLogger(__name__)
 
 BUNDLE = "sampler.json"
 
@@ -179,14 +182,12 @@ class Sampler:
         self.batch_size = batch_size
         self.filled_to = 0
 
-    def compile(self, batch_size: int) -> None:
+    def compile(self) -> None:
         """Let `torch.compile` make the UNet's kernels: minutes at the first batch, shorter ones from then on.
 
-        Args:
-            batch_size: rows of each batch from now on, at most the sampler's own: smaller ones are filled up, since
-                another size would be compiled anew.
+        Batches of fewer than `batch_size` rows are filled up from now on, since another size would be compiled anew.
         """
-        self.batch_size = self.filled_to = min(batch_size, self.batch_size)
+        self.filled_to = self.batch_size
         self.pipe.unet.compile()
 
     @property
@@ -261,7 +262,19 @@ class Sampler:
             drawn = _draw_batch(self, class_ids[ids], [seeds[row] for row in ids], settings, scales[ids], between_steps)
             return drawn[: rows.stop - rows.start]
 
-        return np.concatenate(in_slices(len(seeds), self.batch_size, images_of))
+        if not self.filled_to:
+            return np.concatenate(in_slices(len(seeds), self.batch_size, images_of))
+        while True:  # `in_slices` would go on with fewer rows, which would be filled up again
+            starts = range(0, len(seeds), self.filled_to)
+            parts = [slice(start, min(start + self.filled_to, len(seeds))) for start in starts]
+            try:
+                return np.concatenate([images_of(part) for part in parts])
+            except torch.OutOfMemoryError:
+                if self.filled_to == 1:
+                    raise
+            self.batch_size = self.filled_to = self.filled_to // 2
+            release_memory()
+            logger.warning("out of memory: batches of %d from now on, compiled anew", self.filled_to)
 
     @classmethod
     def load(cls, bundle: Path, device: str = "auto") -> Self:

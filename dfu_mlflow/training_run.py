@@ -226,12 +226,15 @@ class TrainingRun(Participant):
 
     def say_if_nothing_chooses(self, base: Measurement) -> None:
         """Where the metric that chooses is not computed, the last checkpoint is what a run ends with."""
-        metric = self.config.evaluation.best_metric.removesuffix("_progress")
-        if metric in base.figures or metric.startswith("val_"):
-            return
+        evaluation = self.config.evaluation
+        asked = [(evaluation.best_metric, "the last checkpoint will be taken for the best")]
+        asked += [(evaluation.success.metric, "whether the run succeeds cannot be told")] if evaluation.success else []
         notes = {name: note for report in base.reports for name, note in report.notes.items()}
-        why = notes.get(metric) or self.panels.notes.get(metric) or "no extractor of metrics.per_epoch gives it"
-        self.console.say(f"{metric} is not computed ({why}): the last checkpoint will be taken for the best")
+        for name, then in asked:
+            metric = name.partition("_progress")[0]
+            if metric not in base.figures and not metric.startswith("val_"):
+                why = notes.get(metric) or self.panels.notes.get(metric) or "no extractor of metrics.per_epoch gives it"
+                self.console.say(f"{metric} is not computed ({why}): {then}")
 
     def best_score(self, measured: dict[str, Measurement]) -> Score | None:
         """The better of the measured weights, by the configured metric."""

@@ -2,43 +2,62 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
+
 from dfu_mlflow.config.measures import EvaluationConfig, SuccessConfig
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.metrics.catalogue import ALWAYS, METRICS, SUFFIXES, figure_names, metrics_of
+from dfu_mlflow.validation import BINS
 
-LARGER_IS_BETTER = ("progress", "accuracy")
+LARGER_IS_BETTER = ("progress", "accuracy", "ssim")
 """Ends of names; figures of the catalogue say it themselves."""
+VALIDATION = frozenset(f"val_loss{part}" for part in ("", "_change", *(f"_t{number}" for number in range(BINS))))
+"""Losses on held-out photographs, which may choose the best epoch."""
 
 
-def check_names(evaluation: EvaluationConfig) -> None:
+def check_names(evaluation: EvaluationConfig, classes: Collection[str]) -> None:
     """Refuse figures that no epoch is measured by, before one is trained.
+
+    Args:
+        classes: labels that may stand before a figure: `I/kid`.
 
     Raises:
         UserError: naming those that there are.
     """
-    known = {"class_accuracy", "lpips", "ssim"}
+    pooled, by_class, headlines = {"class_accuracy", "lpips", "ssim"}, set(), set()
     for extractor in ALWAYS:
         metrics = metrics_of(extractor, thorough=False)
         names = figure_names(extractor, metrics)
-        known |= {names.get(figure, figure) for metric in metrics for figure in METRICS[metric].figures}
+        for metric in (METRICS[name] for name in metrics):
+            pooled |= {names.get(figure, figure) for figure in metric.figures}
+            by_class |= {names.get(figure, figure) for figure in metric.by_class}
+            headlines |= {f"{names.get(figure, figure)}_progress" for figure in metric.headlines}
     asked = [("best_metric", evaluation.best_metric)]
     asked += [("success.metric", evaluation.success.metric)] if evaluation.success else []
     for flag, name in asked:
-        figure = name.rpartition("/")[2].removesuffix("_progress")
-        if figure not in known and not (flag == "best_metric" and name.startswith("val_")):
+        label, _, figure = _without_end(name).rpartition("/")
+        known = by_class if label in classes else set() if label else pooled | headlines
+        if figure not in (known | VALIDATION if flag == "best_metric" and not label else known):
             raise UserError(
-                f"--evaluation.{flag} {name}: unknown; there are {', '.join(sorted(known))}, with _progress behind it "
-                "the share of the way from the base to the floor"
+                f"--evaluation.{flag} {name}: unknown; there are {', '.join(sorted(pooled | headlines))}; of one class "
+                f"({sorted(classes)[0]}/...) {', '.join(sorted(by_class))}; each with _low or _high for an end of its "
+                "interval, and without the eval/ that MLflow shows"
             )
+
+
+def _without_end(name: str) -> str:
+    return re.sub("_(low|high)$", "", name)
 
 
 def larger_is_better(metric: str) -> bool:
     """Which way a figure is better; its name may have a class and an extractor: `I/coverage`, `recall_dinov2`."""
-    name = metric.rpartition("/")[2]
+    name = _without_end(metric).rpartition("/")[2]
+    plain = name
     for suffix in SUFFIXES.values():
-        name = name.removesuffix(suffix)
+        plain = plain.removesuffix(suffix)
     ways = {figure: way for one in METRICS.values() for figure, way in one.figures.items()}
-    return metric.endswith(LARGER_IS_BETTER) or ways.get(name) == "larger"
+    return name.endswith(LARGER_IS_BETTER) or ways.get(plain) == "larger"
 
 
 def score(figures: dict[str, float], metric: str) -> float | None:

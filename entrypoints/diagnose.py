@@ -10,16 +10,22 @@ from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig, load
 from dfu_mlflow.errors import UserError
 
+OPTIONS = {
+    **dict.fromkeys(("run", "checkpoint", "images", "embeddings", "curves"), ""),
+    **{"weights": "best", "budget": "full", "config": ""},
+}
+SHARED = dict.fromkeys(("runs", "experiment", "outcome", "failing"), "")
+"""Of several runs."""
+
 
 def main(arguments: Sequence[str]) -> int:
     """Diagnose and say where the findings are; 0 whether or not there are any."""
-    shared, rest = entry.split(arguments, {"runs": "", "experiment": "", "outcome": "", "failing": ""})
+    shared, rest = entry.split(arguments, SHARED)
     if shared["runs"]:
         return compare([*_given(shared), *rest])
     if unused := _given(shared):
         raise UserError(f"{unused[0]} goes with --runs, for several runs to compare")
-    names = {"run": "", "checkpoint": "", "images": "", "embeddings": "", "curves": ""}
-    options, flags = entry.split(rest, {**names, "weights": "best", "budget": "full", "config": ""})
+    options, flags = entry.split(rest, OPTIONS)
     from dfu_mlflow.diagnosis.report import print_diagnosis
     from registry.diagnose import run_diagnosis
     from registry.told import DiagnoseOptions
@@ -53,4 +59,4 @@ def _given(options: Mapping[str, str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.run(main, settings=RunConfig))
+    sys.exit(entry.run(main, settings=RunConfig, options={**OPTIONS, **SHARED, "output_dir": "outputs/diagnose"}))

@@ -9,11 +9,14 @@ from pathlib import Path
 from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig, load
 
+OPTIONS = {"config": "", "source": "models:/dfu-sampler@challenger", "weights": "best", "fetch-weights": ""}
+SHOWN = {"output_dir": "outputs/evaluate"}
+"""Defaults that are not the configuration's."""
+
 
 def main(arguments: Sequence[str]) -> int:
     """Evaluate, or with `--fetch-weights [FOLDER]` list and fetch the weights that metrics can use; 0 when done."""
-    names = {"config": "", "source": "models:/dfu-sampler@challenger", "weights": "best", "fetch-weights": ""}
-    options, flags = entry.split(arguments, names)
+    options, flags = entry.split(arguments, OPTIONS)
     from registry.evaluate import EvaluateOptions, evaluate, fetch
 
     if wanted := options["fetch-weights"]:
@@ -26,4 +29,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.run(main, settings=RunConfig))
+    sys.exit(entry.run(main, settings=RunConfig, options=OPTIONS | SHOWN))

@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig, load
 
+OPTIONS = {"config": "", "model": "models:/dfu-sampler@challenger", "rollback": "false"}
+SHOWN = {"output_dir": "outputs/promote"}
+"""Defaults that are not the configuration's."""
+
 
 def main(arguments: Sequence[str]) -> int:
     """Promote, or with `--rollback true` go back to the champion before; 0, or 3 for a refusal."""
-    names = {"config": "", "model": "models:/dfu-sampler@challenger", "rollback": "false"}
-    options, flags = entry.split(arguments, names)
+    options, flags = entry.split(arguments, OPTIONS)
     from registry.promote import REFUSED_CODE, PromoteOptions, promote
 
     chosen = load(PromoteOptions, None, ["--model", options["model"], "--rollback", options["rollback"]])
@@ -25,4 +28,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.run(main, settings=RunConfig))
+    sys.exit(entry.run(main, settings=RunConfig, options=OPTIONS | SHOWN))

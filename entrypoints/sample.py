@@ -9,17 +9,18 @@ from dfu_mlflow import entry
 from dfu_mlflow.config import load
 from registry.sample import SampleConfig, sample
 
+OPTIONS = {"config": ""}
 INCOMPLETE_CODE = 3
 """Exit code where so many pictures were dropped that some are missing."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Draw and say where the pictures are; 0, or 3 where some are missing."""
-    options, flags = entry.split(arguments, {"config": ""})
+    options, flags = entry.split(arguments, OPTIONS)
     done = sample(load(SampleConfig, options["config"] or None, flags))
     print("\n".join([*done.sentences, f"written: {done.manifest}"]))
     return 0 if done.complete else INCOMPLETE_CODE
 
 
 if __name__ == "__main__":
-    sys.exit(entry.run(main, settings=SampleConfig))
+    sys.exit(entry.run(main, settings=SampleConfig, options=OPTIONS))

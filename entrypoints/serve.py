@@ -9,10 +9,12 @@ from dfu_mlflow import entry
 from dfu_mlflow.config import load
 from dfu_mlflow.config.serving import ServeConfig
 
+OPTIONS = {"config": ""}
+
 
 def main(arguments: Sequence[str]) -> int:
     """Serve until told to end; 0 then."""
-    options, flags = entry.split(arguments, {"config": ""})
+    options, flags = entry.split(arguments, OPTIONS)
     config = load(ServeConfig, options["config"] or None, flags)
     from registry.serving.run import serve
 
@@ -21,4 +23,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.run(main, settings=ServeConfig))
+    sys.exit(entry.run(main, settings=ServeConfig, options=OPTIONS))

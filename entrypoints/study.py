@@ -8,10 +8,14 @@ from collections.abc import Sequence
 from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig
 
+OPTIONS = {"plan": "seed_claims", "config": "tiny"}
+SHOWN = {"output_dir": "outputs/study/PLAN"}
+"""Defaults that are not the configuration's."""
+
 
 def main(arguments: Sequence[str]) -> int:
     """Work on the study and print what it says; 0 when done."""
-    options, flags = entry.split(arguments, {"plan": "seed_claims", "config": "tiny"})
+    options, flags = entry.split(arguments, OPTIONS)
     from tuning.ablation.study import study
 
     print("\n".join(study(options["plan"], options["config"], flags)))
@@ -19,4 +23,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.run(main, settings=RunConfig))
+    sys.exit(entry.run(main, settings=RunConfig, options=OPTIONS | SHOWN))

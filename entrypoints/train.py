@@ -9,10 +9,12 @@ from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig, load
 from dfu_mlflow.launch import NONE, launch_options, run_launcher
 
+OPTIONS = {"config": "tiny", "dry-run": "false", "launch": NONE, "processes": ""}
+
 
 def main(arguments: Sequence[str]) -> int:
     """Train, in several processes with `--launch`, or with `--dry-run` print configuration and plan; 0 when done."""
-    options, flags = entry.split(arguments, {"config": "tiny", "dry-run": "false", "launch": NONE, "processes": ""})
+    options, flags = entry.split(arguments, OPTIONS)
     config = load(RunConfig, options["config"], flags)
     # Loaded after the configuration is known to be right: torch and diffusers take seconds.
     if options["dry-run"] != "false":
@@ -39,4 +41,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.run(main, settings=RunConfig))
+    sys.exit(entry.run(main, settings=RunConfig, options=OPTIONS))

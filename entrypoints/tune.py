@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig, load
 
+OPTIONS = {"config": "tiny"}
+
 
 def main(arguments: Sequence[str]) -> int:
     """Work on the study and print what it says; 0 when done."""
-    options, flags = entry.split(arguments, {"config": "tiny"})
+    options, flags = entry.split(arguments, OPTIONS)
     load(RunConfig, options["config"], flags)
     # Loaded after the configuration is known to be right: torch and diffusers take seconds.
     from tuning.tune import tune
@@ -21,4 +23,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.run(main, settings=RunConfig))
+    sys.exit(entry.run(main, settings=RunConfig, options=OPTIONS))

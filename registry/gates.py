@@ -107,7 +107,10 @@ def classes(evidence: Evidence, gates: GatesConfig) -> Answer:
     decided = {name.rpartition("/")[0] for name, each in found.items() if each.outcome != "no verdict"}
     undecided, counted = sorted(set(evidence.labels) - decided), len(decided)
     if len(evidence.labels) > 1 and not decided:
-        too_few = "too few pictures of each class to compare: raise --evaluation.samples, or hold more photographs out"
+        too_few = (
+            "too few pictures of each class to compare: raise --evaluation.samples, hold more photographs out, or do "
+            "without (--gates.classes.enabled false)"
+        )
         return Answer("classes", False, too_few, figures)
     sentence = f"{counted} classes compared by {gates.classes.metric}, none is worse than {evidence.rival}'s"
     return Answer(

@@ -113,8 +113,9 @@ def sample(config: SampleConfig) -> Sampled:
     settings = _settings(config, pool.first, str(located.version), counts)
     settings["photographs"] = None if photographs is None else photographs.digest
     check_folder(config.output_dir, settings)
+    pool.set_batch_size(int(settings["batch_size"]))
     if config.sample.compile:
-        pool.compile(int(settings["batch_size"]))
+        pool.compile()
     filters = [name for name, on in ((COPY, config.sample.filter_copies), (COLOUR, config.sample.filter_colour)) if on]
     with StopRequest() as stop, SampleFolder(config.output_dir, settings) as folder:
         filling = Filling(pool, PictureChecks(photographs, filters), folder, settings)

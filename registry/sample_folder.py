@@ -101,7 +101,7 @@ def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     try:
         before = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if folder.is_dir() and any(item.name != LOCK for item in folder.iterdir()):
+        if folder.is_dir() and any(map(_is_content, folder.iterdir())):
             raise UserError(f"--output_dir {folder} holds other files: give an empty folder") from None
         return
     except NotADirectoryError:
@@ -112,6 +112,11 @@ def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     if changed:
         said = "; ".join(f"{name} was {before.get(name)}, now {settings.get(name)}" for name in changed)
         raise UserError(f"--output_dir {folder} holds samples of other settings ({said}): give another folder")
+
+
+def _is_content(item: Path) -> bool:
+    """What systems, and a command that was stopped, leave behind is none: `.DS_Store`, `.sampling.lock`."""
+    return not item.name.startswith(".") and item.name != "lost+found"
 
 
 def _whole_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:

@@ -42,10 +42,15 @@ class SamplerPool:
         """For what is the same on all of them."""
         return self.samplers[0]
 
-    def compile(self, batch_size: int) -> None:
+    def set_batch_size(self, batch_size: int) -> None:
+        """Pictures that each device draws at a time, where its memory is large enough."""
+        for sampler in self.samplers:
+            sampler.batch_size = batch_size
+
+    def compile(self) -> None:
         """`Sampler.compile` on each device."""
         for sampler in self.samplers:
-            sampler.compile(batch_size)
+            sampler.compile()
 
     def draw(self, batches: Iterable[Batch], settings: Settings) -> Iterator[np.ndarray]:
         """Pictures uint8 [N, H, W, 3] of each batch; a batch is taken up when a device is about to be free for it."""

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,7 +112,8 @@ def tell_of_checkpoint(options: DiagnoseOptions, config_name: str | None) -> Tol
         raise UserError(f"--checkpoint {place}: no such file or folder")
     curves, lacking = _curves(options, place)
     own = local_configuration(place) if place.is_dir() else None
-    if own is None and place.is_dir() and not any(chain(place.glob("*.safetensors"), place.glob("*/*.safetensors"))):
+    told = config_name or options.curves or options.images
+    if own is None and not told and place.is_dir() and not any(place.rglob("*.safetensors")):
         runs = sorted(found.parent.name for found in place.glob("*/checkpoints"))
         below = f"; of the runs in it give one, e.g. {place / runs[-1]}" if runs else ""
         raise UserError(f"--checkpoint {place} holds no weights (*.safetensors){below}")

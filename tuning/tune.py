@@ -17,6 +17,7 @@ from dfu_mlflow.participant import TrainingResult
 from dfu_mlflow.preparation import read_source
 from dfu_mlflow.runtime import provenance
 from dfu_mlflow.tracking_store import set_tags
+from dfu_mlflow.verdict import check_names
 from registry.aliases import GATE_TAG
 from registry.promote import PromoteOptions, promote, registered_version
 from registry.publish import publish
@@ -54,7 +55,7 @@ def tune(config_name: str, flags: Sequence[str]) -> list[str]:
     check_space(config)
     with StopRequest() as stop:
         if config.tune.kind == "training":
-            read_source(config)
+            check_names(config.evaluation, read_source(config).split.classes)
             return work(config, TrainingObjective(config), stop.check)
         config = sampling_configuration(config, tree, config_name, flags)
         return work(config, SamplingObjective(config, stop.check), stop.check)

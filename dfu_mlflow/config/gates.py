@@ -25,7 +25,7 @@ class QualityGate(Section):
 
 
 class ClassesGate(Section):
-    """No class may regress by the same paired interval; a class with too few pictures passes, and that is said."""
+    """No class may regress by the same paired interval. One with too few pictures passes, all of them do not."""
 
     enabled: bool = True
     metric: str = "kid"

@@ -242,9 +242,11 @@ def _without(tree: Tree, locations: Sequence[tuple[Any, ...]]) -> Tree:
     """A copy of the tree without the keys at fault, so that what they hide can be checked too."""
     rest = copy.deepcopy(tree)
     for location in locations:
-        node: Any = rest
-        for part in location[:-1]:
-            node = node.get(part) if isinstance(node, dict) else None
-        if isinstance(node, dict) and location:
-            node.pop(location[-1], None)
+        node = rest
+        for depth, part in enumerate(location, start=1):
+            inner = node.get(part)
+            if depth == len(location) or not isinstance(inner, dict):
+                node.pop(part, None)  # of a list the whole: its rest would be another setting
+                break
+            node = inner
     return rest

@@ -257,10 +257,10 @@ class RegistryConfig(Section):
 
     @model_validator(mode="after")
     def _as_mlflow_allows(self) -> Self:
-        if not self.name or set(self.name) & set("/:"):
+        if not self.name.strip() or self.name in (".", "..") or set(self.name) & set("/:"):
             raise ValueError(f"--registry.name {self.name!r}: a model's name is not empty and has no / and no :")
         reserved = re.fullmatch(r"latest|v\d+", self.alias, re.IGNORECASE)
-        if reserved or not re.fullmatch(r"[\w\-]+", self.alias, re.ASCII):
+        if reserved or not re.fullmatch(r"[\w\-]{1,255}", self.alias):
             raise ValueError(
                 f"--registry.alias {self.alias!r}: letters, digits, _ and - make an alias, but not latest, v1, v2 ..."
             )

@@ -6,8 +6,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from dfu_mlflow.config.schema import DataConfig
 from dfu_mlflow.data.audit import Problem
 from dfu_mlflow.data.inspection import Inspection, near_pairs
@@ -85,7 +83,7 @@ def near_duplicates(records: Sequence[Record], inspections: Inspections) -> tupl
     files = list(by_file.values())
     if not files:
         return set(), []
-    hashes = np.stack([inspections[record.path].difference_hash for record in files])
+    hashes = [inspections[record.path].hashes for record in files]
     links: Links = set()
     partners: dict[int, int] = {}
     for one, other in near_pairs(hashes, [record.patient for record in files]):
@@ -106,11 +104,11 @@ def _clip(item: Candidate, size_px: tuple[int, int], config: DataConfig) -> tupl
     if box[0] >= box[2] or box[1] >= box[3]:
         where = "is empty" if xmin >= xmax or ymin >= ymax else f"lies outside {width}x{height}"
         return None, Problem(item.path, "bad bounding box", f"{item.box} {where}")
-    if box != item.box:
-        return box, Problem(item.path, "clipped box", f"{item.box} reaches outside {width}x{height}")
     longer = max(box[2] - box[0], box[3] - box[1])
     if longer < LEAST_BOX_PX:
         return None, Problem(item.path, "bad bounding box", f"{longer} px across show nothing")
+    if box != item.box:
+        return box, Problem(item.path, "clipped box", f"{item.box} reaches outside {width}x{height}")
     if longer * (1 + 2 * config.box_margin_max) < config.min_side_px:
         reason = f"{longer} px, with its margin below --data.min_side_px {config.min_side_px}"
         return box, Problem(item.path, "small box", reason)

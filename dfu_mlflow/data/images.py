@@ -13,7 +13,7 @@ from dfu_mlflow.errors import UserError
 
 Pixels = npt.NDArray[np.uint8]
 
-TWELVE_BITS = 4095.0
+TWELVE_BITS = 4095
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
 
@@ -76,14 +76,18 @@ def _in_srgb(image: Image.Image) -> Image.Image:
 def _to_8_bit(values: npt.NDArray[np.generic]) -> Pixels:
     """Scale a deep greyscale image [H, W] by its container's range; Pillow's own `convert` clips at 255.
 
-    Floats are taken as 0..1, 0..255 or 0..65535, integers as 12 or 16 bits, whichever is the smallest range that holds
-    them.
+    Floats are taken as 0..1, 0..255 or 0..65535, whichever is the smallest range that holds them.
+
+    Raises:
+        ValueError: for 16 bits of which 12 or fewer are used: nearly black, and nobody can tell which range was meant.
     """
     deep = values.astype(np.float64)
     if not np.isfinite(deep).all():
         raise ValueError("not finite in some pixels")
     if deep.min() < 0:
         deep = deep - deep.min()
-    ceilings = (1.0, 255.0, 65535.0) if values.dtype.kind == "f" else (TWELVE_BITS, 65535.0)
+    if values.dtype.kind != "f" and 0 < deep.max() <= TWELVE_BITS:
+        raise ValueError(f"16 bits a pixel, none brighter than {deep.max():.0f} of 65535: scale it to 8 bits")
+    ceilings = (1.0, 255.0, 65535.0) if values.dtype.kind == "f" else (65535.0,)
     ceiling = next((top for top in ceilings if deep.max() <= top), deep.max())
     return np.rint(deep * (255.0 / ceiling)).astype(np.uint8)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,7 @@ NEAR_BITS = 28
 by 15 % change at most 24 bits (95th percentile 17); the closest pictures of different patients are 38 bits apart among
 960 phantoms and 56 among 810 photographs. The common 64-bit hash has no such gap: 10 bits against 2. Of
 400 photographs cut out and put on a plain background (5 to 35 % of it) copies are at most 22 bits apart and others at
-least 29 where the grid lies over the content alone; where it lay over the background too, that linked a tenth to all
+least 29 where the grid lies over the content alone; where it lies over the background too, that links a tenth to all
 of the pairs."""
 PLAIN_LEVELS = 12
 """Of a background: more than JPEG leaves in one colour, less than between it and skin."""
@@ -39,10 +40,23 @@ MASK_LEVELS = 12
 MASK_BETWEEN = 0.02
 """Largest share of a mask's pixels between its two levels."""
 BLOCK = 2048
-VERSION = 3
+VERSION = 4
 """Of what `inspect_file` does: change it when the same file would be described otherwise."""
-ROW_BYTES = 8 + 32 + HASH_SIDE**2 // 8
+HASH_BYTES = HASH_SIDE**2 // 8
+ROW_BYTES = 8 + 32 + 1 + 2 * HASH_BYTES
 FILES_AT_ONCE = 64
+
+
+class Hashes(NamedTuple):
+    """What a picture looks like: dHashes (Krawetz 2013), see `difference_hash`.
+
+    Attributes:
+        whole: bool [256], of all of it.
+        content: bool [256], of what a plain background leaves; None where there is no such background.
+    """
+
+    whole: npt.NDArray[np.bool_]
+    content: npt.NDArray[np.bool_] | None
 
 
 @dataclass(frozen=True)
@@ -53,13 +67,13 @@ class Inspection:
         digest: SHA-256 of its bytes.
         size_px: (width, height), upright.
         pixel_digest: SHA-256 of its decoded pixels: equal for copies with other names, metadata or lossless formats.
-        difference_hash: bool [256], see `difference_hash`.
+        hashes: copies have nearly the same, see `near_pairs`.
     """
 
     digest: str
     size_px: tuple[int, int]
     pixel_digest: str
-    difference_hash: npt.NDArray[np.bool_]
+    hashes: Hashes
 
 
 def inspect_files(
@@ -102,12 +116,14 @@ def _digest(path: Path) -> str:
 
 
 def _to_row(item: Inspection | Problem) -> npt.NDArray[np.uint8]:
-    """uint8 [72]: width and height, pixel digest, difference hash; all zero for a problem."""
+    """uint8 [105]: width and height, pixel digest, is the background plain, two hashes; all zero for a problem."""
     if isinstance(item, Problem):
         return np.zeros(ROW_BYTES, dtype=np.uint8)
     size = np.array(item.size_px, dtype="<u4").tobytes()
-    packed = np.packbits(item.difference_hash).tobytes()
-    return np.frombuffer(size + bytes.fromhex(item.pixel_digest) + packed, dtype=np.uint8)
+    whole, content = item.hashes
+    packed = np.packbits(np.stack([whole, whole if content is None else content])).tobytes()
+    plain = bytes([content is not None])
+    return np.frombuffer(size + bytes.fromhex(item.pixel_digest) + plain + packed, dtype=np.uint8)
 
 
 def _from_row(row: npt.NDArray[np.uint8], digest: str) -> Inspection | None:
@@ -116,8 +132,8 @@ def _from_row(row: npt.NDArray[np.uint8], digest: str) -> Inspection | None:
     width, height = np.frombuffer(content[:8], dtype="<u4").tolist()
     if not width:
         return None
-    bits = np.unpackbits(np.frombuffer(content[40:], dtype=np.uint8)).astype(bool)
-    return Inspection(digest, (width, height), content[8:40].hex(), bits)
+    whole, inner = np.unpackbits(np.frombuffer(content[41:], dtype=np.uint8)).astype(bool).reshape(2, -1)
+    return Inspection(digest, (width, height), content[8:40].hex(), Hashes(whole, inner if content[40] else None))
 
 
 def inspect_file(path: Path, min_side_px: int) -> Inspection | Problem:
@@ -148,7 +164,7 @@ def inspect_file(path: Path, min_side_px: int) -> Inspection | Problem:
         digest=hashlib.sha256(content).hexdigest(),
         size_px=(width, height),
         pixel_digest=pixel_digest.hexdigest(),
-        difference_hash=difference_hash(image),
+        hashes=hashes_of(image),
     )
 
 
@@ -162,18 +178,24 @@ def _is_mask(pixels: npt.NDArray[np.uint8]) -> bool:
     return high - low > 4 * MASK_LEVELS and float(between.mean()) < MASK_BETWEEN
 
 
-def difference_hash(image: Image.Image) -> npt.NDArray[np.bool_]:
+def hashes_of(image: Image.Image) -> Hashes:
+    """The hash of the whole picture, and that of its content."""
+    box = content_box(image)
+    return Hashes(difference_hash(image), None if box is None else difference_hash(image, box))
+
+
+def difference_hash(image: Image.Image, box: tuple[float, float, float, float] | None = None) -> npt.NDArray[np.bool_]:
     """dHash (Krawetz 2013) of 256 bits: is each cell of a 16 x 16 grid brighter than its left neighbour? bool [256].
 
-    The grid lies over what a plain background leaves: its cells would be equal in all pictures of one studio.
+    Args:
+        box: (left, top, right, bottom) in pixels that the grid lies over; None is the whole.
     """
-    box = content_box(image)
     cells = np.asarray(image.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX, box))
     return (cells[:, 1:] > cells[:, :-1]).reshape(-1)
 
 
-def content_box(image: Image.Image) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) in pixels of what is not background; the whole where the edge has several colours.
+def content_box(image: Image.Image) -> tuple[float, float, float, float] | None:
+    """(left, top, right, bottom) in pixels of what is not background; None where the edge has several colours.
 
     Two standard deviations about the content's centre, which is an ellipse's extent: outermost pixels are noise.
     """
@@ -183,7 +205,7 @@ def content_box(image: Image.Image) -> tuple[float, float, float, float]:
     plain = (np.abs(edge - background).max(axis=1) <= PLAIN_LEVELS).mean() >= PLAIN_SHARE
     content = np.abs(grid - background).max(axis=2) > PLAIN_LEVELS
     if not plain or not content.any():
-        return (0.0, 0.0, float(image.width), float(image.height))
+        return None
     left, right = _extent(content.sum(axis=0), image.width)
     top, bottom = _extent(content.sum(axis=1), image.height)
     return (left, top, right, bottom)
@@ -196,15 +218,26 @@ def _extent(weights: npt.NDArray[np.int_], length: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(float(length), centre + half)
 
 
-def near_pairs(hashes: npt.NDArray[np.bool_], patients: Sequence[str]) -> list[tuple[int, int]]:
-    """Pairs i < j of pictures [N, 256] that look alike although their patients differ; O(N²) by blocks of products."""
-    signs = np.where(hashes, 1.0, -1.0).astype(np.float32)
+def near_pairs(hashes: Sequence[Hashes], patients: Sequence[str]) -> list[tuple[int, int]]:
+    """Pairs i < j of pictures [N] that look alike although their patients differ; O(N²) by blocks of products.
+
+    Two on plain backgrounds are compared by their content: the cells of a background are equal in all pictures of one
+    studio. A copy in which a background is no longer plain (or is only now) is known by the whole.
+    """
+    whole = _signs([item.whole for item in hashes])
+    content = _signs([item.whole if item.content is None else item.content for item in hashes])
+    plain = np.array([item.content is not None for item in hashes], dtype=bool)
     _, who = np.unique(np.asarray(patients), return_inverse=True)
     pairs: list[tuple[int, int]] = []
-    for start in range(0, len(signs), BLOCK):
-        distances = (signs.shape[1] - signs[start : start + BLOCK] @ signs.T) / 2
-        rows, columns = np.nonzero(distances <= NEAR_BITS)
+    for start in range(0, len(whole), BLOCK):
+        block = slice(start, start + BLOCK)
+        alike = np.where(plain[block, None] & plain, content[block] @ content.T, whole[block] @ whole.T)
+        rows, columns = np.nonzero((whole.shape[1] - alike) / 2 <= NEAR_BITS)
         rows += start
         chosen = (rows < columns) & (who[rows] != who[columns])
         pairs += list(zip(rows[chosen].tolist(), columns[chosen].tolist(), strict=True))
     return pairs
+
+
+def _signs(hashes: Sequence[npt.NDArray[np.bool_]]) -> npt.NDArray[np.float32]:
+    return np.where(np.stack(hashes), 1.0, -1.0).astype(np.float32)

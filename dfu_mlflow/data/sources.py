@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +25,10 @@ CAMERA_SUFFIXES = frozenset((
 """Photographs that Pillow does not read: reported rather than passed over in silence."""
 
 DEEPEST = 4
+PHASES = frozenset(label.casefold() for label in MINIMAL) | {
+    *("inflammation", "inflammatory", "proliferation", "proliferative", "remodeling", "remodelling", "maturation"),
+}
+"""What folders of healing phases are called, in lower case."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def find_source(config: DataConfig, root: Path | None) -> Source:
 
 def _find(config: DataConfig, root: Path | None) -> Source:
     if config.manifest is not None:
-        candidates, problems = read_manifest(config.manifest, root, config.group_by)
+        candidates, problems = read_manifest(config.manifest, root, config.group_by, config.bounding_boxes is None)
         files = frozenset([item.path for item in candidates] + [item.path for item in problems])
         return Source(candidates, files, problems)
     if root is None:
@@ -134,13 +138,19 @@ def _refuse_patients_as_classes(root: Path, images: Sequence[Path]) -> None:
     inner: dict[str, set[str]] = {}
     for path in images:
         inner.setdefault(path.parent.parent.name, set()).add(path.parent.name)
-    phases_outside = inner.keys() <= MINIMAL.keys() and not any(names & MINIMAL.keys() for names in inner.values())
-    if phases_outside or len({frozenset(names) for names in inner.values()}) > 1:
+    straight = "put pictures straight into root/CLASS/ (--data.group_by finds patients in file names)"
+    if len(inner) > 1 and _phases(inner) == inner.keys() and not any(map(_phases, inner.values())):
+        raise UserError(f"--data.root {root}: folders of patients or visits lie in {', '.join(inner)}: {straight}")
+    if len({frozenset(names) for names in inner.values()}) > 1:
         raise UserError(
-            f"--data.root {root}: are the {len(inner)} folders in it classes, each with folders of "
-            "patients or visits, or do the folders below them name classes? Put pictures straight into root/CLASS/ "
-            "(--data.group_by finds patients in file names), or name the classes with --data.classes"
+            f"--data.root {root}: are the {len(inner)} folders in it classes, each with folders of patients or visits, "
+            f"or do the folders below them name classes? In the one case {straight}, in the other name the classes "
+            "with --data.classes"
         )
+
+
+def _phases(names: Iterable[str]) -> set[str]:
+    return {name for name in names if name.casefold() in PHASES}
 
 
 def _class_level(images: dict[int, list[Path]], classes: tuple[str, ...] | None) -> int | None:

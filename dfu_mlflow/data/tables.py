@@ -5,7 +5,8 @@ from __future__ import annotations
 import codecs
 import csv
 import math
-from collections import Counter, defaultdict
+import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -15,10 +16,16 @@ from dfu_mlflow.errors import UserError
 from dfu_mlflow.types import Box
 
 BOX_COLUMNS = ("xmin", "ymin", "xmax", "ymax")
-OTHER_BOXES = ({"x", "y", "width", "height"}, {"x", "y", "w", "h"}, {"x1", "y1", "x2", "y2"})
+OTHER_BOXES = (
+    {"x", "y", "width", "height"},
+    {"x", "y", "w", "h"},
+    {"x1", "y1", "x2", "y2"},
+    {"left", "top", "right", "bottom"},
+    {"minx", "miny", "maxx", "maxy"},
+)
 """Columns of boxes written otherwise."""
-NOBODY = frozenset({"", "na", "n/a", "nan", "none", "null", "unknown"})
-"""What programs and people write where a patient is not known."""
+NOBODY = frozenset({"", "na", "n/a", "nan", "none", "null"})
+"""What programs write where a patient is not known."""
 DELIMITERS = ",;\t"
 
 Row = dict[str, str]
@@ -53,19 +60,20 @@ class BoxTable:
 
 
 def read_manifest(
-    path: Path, root: Path | None, group_by: str | None
+    path: Path, root: Path | None, group_by: str | None, boxes: bool = True
 ) -> tuple[tuple[Candidate, ...], tuple[Problem, ...]]:
     """Read a CSV with columns path, label, optionally patient and xmin, ymin, xmax, ymax; upper or lower case.
 
     Relative paths start at `root`, or at the manifest's own folder where that is None. The patient is taken from the
-    column that `group_by` names (`column:NAME`), or from `patient` where `group_by` is None.
+    column that `group_by` names (`column:NAME`), or from `patient` where `group_by` is None. Without `boxes`, for
+    these come from elsewhere, their columns are left aside.
 
     Raises:
         UserError: for a file that cannot be read, lacks columns or rows, or rows without a patient.
     """
-    rows = _read_rows(path, ("path", "label"), "--data.manifest")
+    rows = _read_rows(path, ("path", "label"), "--data.manifest", _patient_name(group_by))
     column = _patient_column(path, rows[0], group_by)
-    with_boxes = _has_boxes(path, rows)
+    with_boxes = boxes and _has_boxes(path, rows)
     candidates: list[Candidate] = []
     problems: list[Problem] = []
     nameless: list[str] = []
@@ -84,7 +92,10 @@ def read_manifest(
         patient = row[column] if column is not None else None
         candidates.append(Candidate(file, row["label"], row["path"], patient, box))
     if nameless:
-        raise UserError(f"--data.manifest {path}: column {column} names nobody for {_some(nameless)}")
+        raise UserError(
+            f"--data.manifest {path}: column {column} names nobody for {_some(nameless)}: write any name that no "
+            "other patient has"
+        )
     return tuple(sorted(candidates, key=lambda item: (item.path, item.box or ()))), tuple(problems)
 
 
@@ -112,8 +123,8 @@ def _has_boxes(path: Path, rows: Sequence[Row]) -> bool:
     Raises:
         UserError: for a part of the columns, or boxes written in another way: the pictures would be used whole.
     """
-    columns = set(rows[0])
-    missing = [name for name in BOX_COLUMNS if name not in columns]
+    columns = {_plain(name) for name in rows[0]}
+    missing = [name for name in BOX_COLUMNS if name not in rows[0]]
     if not missing:
         _refuse_shares(path, rows)
         return True
@@ -172,7 +183,7 @@ def attach_boxes(candidates: Sequence[Candidate], table: BoxTable) -> tuple[tupl
     return tuple(boxed), tuple(problems)
 
 
-def _read_rows(path: Path, required: Sequence[str], flag: str) -> list[Row]:
+def _read_rows(path: Path, required: Sequence[str], flag: str, patient: str = "patient") -> list[Row]:
     """Rows with lower-case column names; comma, semicolon or tab between them, as spreadsheets of all lands write."""
     try:
         content = path.read_bytes()
@@ -186,7 +197,7 @@ def _read_rows(path: Path, required: Sequence[str], flag: str) -> list[Row]:
     except csv.Error as error:
         raise UserError(f"{flag} {path} is no CSV: {error}") from None
     columns = [_column(name) for name in table[0]] if table else []
-    twice = sorted(name for name, count in Counter(columns).items() if name and count > 1)
+    twice = sorted(name for name in {*required, *BOX_COLUMNS, patient} if columns.count(name) > 1)
     if twice:
         raise UserError(f"{flag} {path} has the column {', '.join(twice)} more than once")
     missing = [column for column in required if column not in columns]
@@ -202,18 +213,25 @@ def _read_rows(path: Path, required: Sequence[str], flag: str) -> list[Row]:
 
 
 def _column(name: str) -> str:
-    """Lower case; `x_min` and `X min` are `xmin`."""
+    """Lower case; `x_min`, `X min` and `bbox_xmin` are `xmin`."""
     name = name.strip().lower()
-    joined = name.replace("_", "").replace(" ", "").replace("-", "")
-    return joined if joined in BOX_COLUMNS else name
+    return _plain(name) if _plain(name) in BOX_COLUMNS else name
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"^b?box|[ _-]", "", name)
+
+
+def _patient_name(group_by: str | None) -> str:
+    return (group_by or "").removeprefix("column:").strip().lower() or "patient"
 
 
 def _patient_column(path: Path, row: Row, group_by: str | None) -> str | None:
+    column = _patient_name(group_by)
     if group_by is None:
-        return "patient" if "patient" in row else None
+        return column if column in row else None
     if not group_by.startswith("column:"):
         return None
-    column = group_by.removeprefix("column:").strip().lower()
     if column not in row:
         raise UserError(f"--data.group_by {group_by}: {path} has the columns {', '.join(row)}")
     return column

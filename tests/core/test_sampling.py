@@ -50,6 +50,36 @@ def stock(pipe: Any, sampler: Sampler, settings: Settings) -> np.ndarray:
     return pixels
 
 
+@pytest.mark.parametrize("count", [1, 5, 8])
+def test_a_compiled_sampler_goes_on_with_smaller_batches(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Filled-up batches of the old size would not fit any better than the whole one did."""
+    sampler = Sampler(pipe, encode_prompts(pipe, dict(MINIMAL), ""), SETTINGS, batch_size=8)
+    monkeypatch.setattr(pipe.unet, "compile", lambda: None)
+    sampler.compile()
+    assert sampler.filled_to == 8
+    tried, forward = [], pipe.unet.forward
+
+    def with_room_for_two(sample: torch.Tensor, *told: Any, **named: Any) -> Any:
+        tried.append(len(sample))
+        if len(sample) > 4:  # of each picture two rows: with and without its prompt
+            raise torch.OutOfMemoryError
+        return forward(sample, *told, **named)
+
+    monkeypatch.setattr(pipe.unet, "forward", with_room_for_two)
+    labels, seeds = (LABELS * 2)[:count], list(range(count))
+    drawn = sampler.draw(labels, seeds)
+    assert tried[:2] == [16, 8]
+    assert set(tried[2:]) == {4}
+    assert (sampler.filled_to, sampler.batch_size) == (2, 2)
+    assert_same(drawn, Sampler(pipe, sampler.conditioner, SETTINGS, batch_size=2).draw(labels, seeds))
+    sampler.filled_to = 4
+    monkeypatch.setattr(pipe.unet, "forward", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    with pytest.raises(torch.OutOfMemoryError):
+        sampler.draw(labels, seeds)
+
+
 def assert_same(first: np.ndarray, second: np.ndarray) -> None:
     steps = np.abs(first.astype(int) - second.astype(int))
     assert steps.max() <= 1

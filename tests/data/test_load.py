@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -115,7 +115,7 @@ def test_roots_that_do_not_serve(tmp_path: Path, write_picture: WritePicture, ma
 def test_folders_of_patients_are_no_classes(
     tmp_path: Path, write_picture: WritePicture, make_config: MakeConfig
 ) -> None:
-    for label, patient in (("I", "Miller"), ("I", "Smith"), ("P", "Jones")):
+    for label, patient in (("chronic", "Miller"), ("chronic", "Smith"), ("acute", "Jones")):
         for number in range(2):
             write_picture(tmp_path / "data" / label / patient / f"{number}.png", len(patient) * 10 + number)
     with pytest.raises(UserError, match="are the 2 folders in it classes, each with folders of patients"):
@@ -321,6 +321,11 @@ def manifest_of(clinic: Path, header: str, row: Callable[[Path, int], str]) -> P
         ("path,label,patient,xmin,ymin,xmax,ymax", "{path},{label},{patient},0.1,0.2,0.8,0.9", "give pixels"),
         ("path,label,label,patient", "{path},{label},{label},{patient}", "label more than once"),
         ("path,label,patient", "{path},{label},NaN", "names nobody"),
+        (
+            "path,label,patient,bbox_left,bbox_top,bbox_right,bbox_bottom",
+            "{path},{label},{patient},4,4,9,9",
+            "boxes are",
+        ),
         ("path,label,patient", "{path},{either},{patient}", "classes I and i: are they one"),
         ("path,label,patient", "{path},{label},{patients}", "patients p000 and P000: are they one"),
     ],
@@ -338,8 +343,22 @@ def test_tables_that_would_be_misunderstood_are_refused(
         load_split(make_config(manifest=manifest), 0)
 
 
-def test_columns_of_boxes_may_be_written_in_words(clinic: Path, make_config: MakeConfig) -> None:
-    header = "path,label,patient,x_min,Y Min,x-max,YMAX"
+def test_columns_that_nobody_reads_may_hold_anything(clinic: Path, make_config: MakeConfig) -> None:
+    boxes = clinic.parent / "boxes.csv"
+    rows = [f"{path.name},4,4,30,28" for path in clinic.rglob("*.png")]
+    boxes.write_text("\n".join(["Filename,Xmin,Ymin,Xmax,Ymax", *rows]), encoding="utf-8")
+    manifest = manifest_of(
+        clinic,
+        "path,label,patient,note,note,x1,y1,x2,y2",
+        lambda path, _: f"{path.as_posix()},{path.parent.name},unknown {path.name[5:8]},a,b,1,1,9,9",
+    )
+    split, _ = load_split(make_config(manifest=manifest, bounding_boxes=boxes), 0)
+    assert {record.box for record in split.train} == {(4, 4, 30, 28)}
+
+
+@pytest.mark.parametrize("box", ["x_min,Y Min,x-max,YMAX", "bbox_xmin,bbox_ymin,bbox_xmax,bbox_ymax"])
+def test_columns_of_boxes_may_be_written_in_words(box: str, clinic: Path, make_config: MakeConfig) -> None:
+    header = f"path,label,patient,{box}"
     manifest = manifest_of(
         clinic, header, lambda path, _: f"{path.as_posix()},{path.parent.name},{path.name[5:8]},4,4,30,28"
     )
@@ -361,11 +380,22 @@ def test_what_is_left_out_is_counted_once(clinic: Path, tmp_path: Path, make_con
     assert "2 left out, of these 0 unusable" in audit.table()
 
 
+@pytest.mark.parametrize("phases", ["IPR", "ipr", ("Inflammatory", "proliferative")])
 def test_visits_below_phases_are_no_classes(
-    write_picture: WritePicture, make_config: MakeConfig, tmp_path: Path
+    phases: Sequence[str], write_picture: WritePicture, make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    for number, label in enumerate("IPR"):
+    for number, label in enumerate(phases):
         for visit in ("baseline", "week4"):
             write_picture(tmp_path / "photographs" / label / visit / f"P{number}.png", number)
-    with pytest.raises(UserError, match="folders of patients or visits"):
+    with pytest.raises(UserError, match=r"folders of patients or visits lie in .*: put pictures straight into"):
         load_split(make_config(group_by=r"P(\d)"), 0)
+
+
+def test_one_folder_of_a_modality_may_be_called_as_a_phase_is(
+    write_picture: WritePicture, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    for number in range(12):
+        label = ("healthy", "ulcer")[number % 2]
+        write_picture(tmp_path / "photographs" / "P" / label / f"F{number:03}.png", number)
+    split, _ = load_split(make_config(group_by=r"F(\d+)"), 0)
+    assert split.classes == ("healthy", "ulcer")

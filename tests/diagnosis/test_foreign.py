@@ -294,3 +294,18 @@ def test_a_batch_of_one_process_is_counted_for_all(words: str, samples: int, not
 def test_bad_input_is_told(flags: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         main(flags)
+
+
+def test_weights_of_another_kind_leave_what_the_configuration_says(foreign: Path, tmp_path: Path) -> None:
+    """A pickle is not opened; the checks that need no weights run."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "pytorch_lora_weights.bin").touch()
+    told = tell_of_checkpoint(DiagnoseOptions(checkpoint=other), str(foreign / "args.json"))
+    assert told.settings["train.learning_rate"] == 3e-3
+    with pytest.raises(UserError, match="holds no weights"):
+        tell_of_checkpoint(DiagnoseOptions(checkpoint=other), None)
+    deep = other / "checkpoint-500" / "unet"
+    deep.mkdir(parents=True)
+    (deep / "diffusion_pytorch_model.safetensors").touch()
+    tell_of_checkpoint(DiagnoseOptions(checkpoint=other), None)

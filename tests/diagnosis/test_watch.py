@@ -132,9 +132,11 @@ def test_a_run_of_another_version_is_read_as_far_as_it_is_understood(
     assert told.configuration is not None
     novel = {"seed": 77, "batch_size": 99, "learning_rate": 0.5}  # words that foreign trainers use too
     newer = merge(told.configuration, {"train": {"quantum": True, "max_grad_norm": None}, "novel": novel})
+    newer["metrics"]["per_epoch"] = ["efficientnet_lite0", "newnet"]
     monkeypatch.setattr("registry.told.run_configuration", lambda _: newer)
     read = tell_of_run(ill[0].run_id)
-    assert read.notes == ("another version wrote its configuration; left out of it: train.quantum, novel",)
+    left = "train.quantum, metrics.per_epoch.1, novel"
+    assert read.notes == (f"another version wrote its configuration; left out of it: {left}",)
     assert read.settings == {**told.settings, "train.max_grad_norm": None}
     assert read.folder == told.folder
     assert not read.foreign

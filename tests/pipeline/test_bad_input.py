@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from dfu_mlflow import entry
+from dfu_mlflow.config.measures import EvaluationConfig, SuccessConfig
+from dfu_mlflow.verdict import check_names, larger_is_better
 from entrypoints import train
 
 Run = Callable[..., str]
@@ -57,10 +59,26 @@ def test_unknown_key(flag: str, hint: str, run: Run) -> None:
     assert f"--{flag}: unknown (did you mean --{hint}?)" in run(f"--{flag}", "3")
 
 
+UNKNOWN = ("kdi", "eval/kid", "Z/kid", "I/fd", "ssim_progress", "I/kid_progress", "val_lss")
+
+
+@pytest.mark.parametrize(
+    "name", ["kid_high", "kid_progress_low", "I/coverage_low", "kid_dinov2", "fid_progress", "ssim"]
+)
+def test_every_figure_that_is_logged_may_choose(name: str) -> None:
+    asked = EvaluationConfig(best_metric=name, success=SuccessConfig(metric=name, below=1.0))
+    check_names(asked, ("I", "P", "R"))
+    check_names(asked.model_copy(update={"best_metric": "val_loss_change_high"}), ("I", "P", "R"))
+    assert larger_is_better(name) == any(part in name for part in ("progress", "coverage", "ssim"))
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--evaluation.best_metric", "kdi"], "--evaluation.best_metric kdi: unknown; there are "),
+        *(
+            (["--evaluation.best_metric", name], f"--evaluation.best_metric {name}: unknown; there are ")
+            for name in UNKNOWN
+        ),
         (["--evaluation.success", "{metric: val_loss, below: 1}"], "--evaluation.success.metric val_loss: unknown"),
         (["--registry.name", "a/b:c"], "--registry.name 'a/b:c'"),
         (["--registry.alias", "v2"], "--registry.alias 'v2'"),

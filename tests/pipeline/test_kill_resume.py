@@ -9,6 +9,7 @@ import runpy
 import signal
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 
 import mlflow
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
 from dfu_mlflow.errors import UserError
-from dfu_mlflow.pipeline import run_training
+from dfu_mlflow.pipeline import _claimed_checkpoint, run_training
 
 Watch = Callable[[Path], bool]
 
@@ -152,8 +153,28 @@ def test_a_run_that_another_process_trains_is_left_alone(
     monkeypatch.chdir(folder)
     mlflow.set_tracking_uri(store)
     try:
+        before = [(run.info, run.data) for run in mlflow.search_runs(search_all_experiments=True, output_format="list")]
         with FileLock(run_folder / ".training.lock"), pytest.raises(UserError, match="trained by another process"):
             run_training(validate(RunConfig, merge(tree, {"resume": "latest"})))
+        after = [(run.info, run.data) for run in mlflow.search_runs(search_all_experiments=True, output_format="list")]
     finally:
         mlflow.set_tracking_uri(None)
-    assert curve(store, "epoch"), "its status is not touched"
+    assert [repr(facts) for facts in after] == [repr(facts) for facts in before]
+
+
+def test_a_run_that_ended_meanwhile_is_resumed_where_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process wrote a last checkpoint between our look at the folder and the moment it let go of it."""
+    first, last = (tmp_path / "out" / "run" / "checkpoints" / f"step-{number:08}" for number in (100, 150))
+    first.mkdir(parents=True)
+    (first / "state.json").write_text("{}")
+
+    def let_go(folder: Path, _: str) -> AbstractContextManager[None]:
+        assert folder == tmp_path / "out" / "run" / ".training.lock"
+        last.mkdir()
+        (last / "state.json").write_text("{}")
+        return nullcontext()
+
+    monkeypatch.setattr("dfu_mlflow.pipeline.alone", let_go)
+    config = validate(RunConfig, {"output_dir": str(tmp_path / "out"), "resume": "latest"})
+    with ExitStack() as held:
+        assert _claimed_checkpoint(config, held) == last

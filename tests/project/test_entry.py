@@ -126,6 +126,15 @@ def test_help_names_every_setting_and_touches_nothing(name: str, tmp_path: Path)
     assert f"-e {name}" in done.stdout.splitlines()[0]
     wanted = {"sample": "--sample.per_class 8", "serve": "--serve.port 8000", "test": "--fast False"}
     assert wanted.get(name, "--train.epochs 2") in done.stdout
+    own = {
+        "train": ["--launch none", "--processes (not set)", "--dry-run false", "--output_dir outputs/train"],
+        "evaluate": ["--source models:/dfu-sampler@challenger", "--output_dir outputs/evaluate"],
+        "diagnose": ["--run (not set)", "--budget full", "--runs (not set)", "--output_dir outputs/diagnose"],
+        "promote": ["--model models:/dfu-sampler@challenger", "--rollback false", "--output_dir outputs/promote"],
+        "study": ["--plan seed_claims", "--output_dir outputs/study/PLAN"],
+    }
+    for line in (*own.get(name, []), *([] if name == "test" else ["--config "])):
+        assert done.stdout.count(f"\n  {line}") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -144,6 +153,17 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
         writer.stdout.close()
         assert writer.stderr.read() == b""
         assert writer.wait(timeout=60) == 141
+
+
+def test_another_broken_pipe_is_a_defect() -> None:
+    program = (
+        "import sys; from dfu_mlflow import entry\n"
+        "def main(_): raise BrokenPipeError(32, 'a socket')\n"
+        "sys.exit(entry.run(main, []))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1
+    assert "a socket" in done.stderr
 
 
 def test_a_file_where_a_folder_should_be_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

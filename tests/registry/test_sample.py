@@ -29,6 +29,7 @@ from registry import sample_folder
 from registry.package import ROOT, RegisteredSampler
 from registry.picture_checks import Photographs, PictureChecks
 from registry.sample import SampleConfig, sample
+from registry.sample_folder import check_folder
 from registry.source import locate
 from tests.registry.contenders import contest_config, material_of, register, undamaged
 
@@ -193,6 +194,11 @@ def test_a_folder_of_photographs_is_not_drawn_into(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no folder"):
         sample(config(photograph, *OPEN))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [photograph]
+    empty = tmp_path / "empty"
+    (empty / "lost+found").mkdir(parents=True)
+    for left in (".DS_Store", ".sampling.json.partial"):
+        (empty / left).touch()
+    check_folder(empty, {})
 
 
 @pytest.mark.usefixtures("registered")

@@ -23,7 +23,7 @@ from dfu_mlflow.preparation import read_source
 from dfu_mlflow.runtime import provenance, release_memory
 from dfu_mlflow.tracking import REASON_TAG, masked
 from dfu_mlflow.tracking_store import NAME_TAG, PARENT_TAG, experiment_id, prepare_store, set_tags
-from dfu_mlflow.verdict import larger_is_better
+from dfu_mlflow.verdict import check_names, larger_is_better
 from tuning.ablation.design import Cell
 from tuning.ablation.effects import Effect, effects, verdict
 from tuning.ablation.page import study_page
@@ -57,7 +57,7 @@ def study(plan_name: str, config_name: str, flags: Sequence[str]) -> list[str]:
     tree = merge({"output_dir": f"{OUTPUT_DIR}/{name}"}, merge(read_tree(config_name), change))
     config = validate(RunConfig, merge(tree, {"registry": {"register_model": False}}))
     experiment = lay_out(plan, config)
-    read_source(config)
+    check_names(config.evaluation, read_source(config).split.classes)
     facts = {"plan": plan.model_dump(mode="json"), "config": common_settings(config)}
     busy = f"another process works on the study in {config.output_dir}: wait for it, or give another --output_dir"
     with StopRequest() as stop, alone(config.output_dir / LOCK, busy):
