@@ -14,7 +14,7 @@ from diffusers import StableDiffusionXLPipeline
 from torch import nn
 
 from dfu_mlflow.errors import UserError
-from dfu_mlflow.runtime import state_digest
+from dfu_mlflow.runtime import release_memory, state_digest
 from dfu_mlflow.types import Pipeline
 
 EMBEDDED = {"tiny_sdxl": Path(__file__).resolve().parent / "weights" / "tiny_sdxl"}
@@ -66,6 +66,7 @@ def load_base(base_model: str) -> Pipeline:
 def give_up_text_encoders(pipe: Pipeline) -> None:
     """Free them, 3 GiB of SDXL: once its prompts are encoded nothing needs them."""
     pipe.register_modules(text_encoder=None, text_encoder_2=None)
+    release_memory()
 
 
 def part_digest(module: nn.Module) -> str:
