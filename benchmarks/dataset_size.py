@@ -19,7 +19,7 @@ from accelerate import Accelerator
 
 from benchmarks.machine import machine, said
 from dfu_mlflow.base.autoencoder import VaeEncoder
-from dfu_mlflow.base.load import load_base, part_digest
+from dfu_mlflow.base.load import BaseModel, load_base
 from dfu_mlflow.batches import Batches
 from dfu_mlflow.checkpoint import CheckpointStore
 from dfu_mlflow.conditioning import Conditioner, encode_prompts
@@ -118,8 +118,7 @@ def compare_opening(folder: Path) -> bool:
 
 def show_encoding(pictures: int) -> None:
     """Print pictures a second by batch size."""
-    pipe = load_base("tiny_sdxl")
-    encoder = VaeEncoder(pipe.vae, part_digest(pipe.vae))
+    encoder = VaeEncoder(BaseModel("tiny_sdxl").vae(), "")
     pixels = torch.randint(0, 256, (pictures, 64, 64, 3), dtype=torch.uint8)
     encoder(pixels[:64])
     rates = {

@@ -189,7 +189,7 @@ def watch_memory(child: subprocess.Popen[bytes]) -> float:
 def our_data_setup(folder: Path, resolution_px: int) -> tuple[float, float]:
     """(wall, processor) seconds from unread files to latents and embeddings, the base being loaded already."""
     from dfu_mlflow.base.autoencoder import VaeEncoder
-    from dfu_mlflow.base.load import load_base, part_digest
+    from dfu_mlflow.base.load import BaseModel
     from dfu_mlflow.conditioning import EmbeddingCache, encode_prompts
     from dfu_mlflow.config import RunConfig
     from dfu_mlflow.config.load import validate
@@ -203,13 +203,13 @@ def our_data_setup(folder: Path, resolution_px: int) -> tuple[float, float]:
         "resolution_px": resolution_px,
     }
     config = validate(RunConfig, {"base_model": str(folder / "base"), "data": data})
-    pipe = load_base(config.base_model)
-    encoder = VaeEncoder(pipe.vae, part_digest(pipe.vae))
-    encoders = (part_digest(pipe.text_encoder), part_digest(pipe.text_encoder_2))
+    base = BaseModel(config.base_model)
+    encoder = VaeEncoder(base.vae(), base.digest("vae"))
+    encoders = (base.digest("text_encoder"), base.digest("text_encoder_2"))
     begun_s, begun_cpu_s = time.time(), time.process_time()
     source = read_source(config)
     cache = RowCache(folder / "cache")
-    encode_prompts(pipe, source.prompts, "", EmbeddingCache(cache, encoders))
+    encode_prompts(base, source.prompts, "", EmbeddingCache(cache, encoders))
     encode_latents(source.split.train, config.data, config.seed, cache, encoder)
     encode_evaluation_latents(source.split.held_out, config.data, cache, encoder)
     return time.time() - begun_s, time.process_time() - begun_cpu_s

@@ -18,7 +18,7 @@ from PIL import Image
 from benchmarks.zoo_lab import Exhibit, Injection, Lab, Patch, silent_since
 from dfu_mlflow import evaluator, trainer
 from dfu_mlflow.base.autoencoder import VaeEncoder
-from dfu_mlflow.base.load import load_base, part_digest
+from dfu_mlflow.base.load import BaseModel, load_base
 from dfu_mlflow.batches import Batches
 from dfu_mlflow.conditioning import Conditioner, encode_prompts
 from dfu_mlflow.data import RowCache, encode_latents, evaluation_pixels, load_split
@@ -213,8 +213,8 @@ def stale(lab: Lab, seed: int, every: int) -> Injection:
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(lab.cache, folder, ignore=shutil.ignore_patterns("latents*"))
     config = lab.config(seed, {"data.cache_dir": str(folder)})
-    vae = load_base(config.base_model).vae
-    encoder: Any = Forgetful(VaeEncoder(vae, part_digest(vae)))
+    base = BaseModel(config.base_model)
+    encoder: Any = Forgetful(VaeEncoder(base.vae(), base.digest("vae")))
     records = read_source(config).split.train[::every]
     encode_latents(records, config.data, config.seed, RowCache(folder), encoder)
     return Injection({"data.cache_dir": str(folder)})

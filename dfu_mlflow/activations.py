@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -85,6 +85,42 @@ def activation_bytes(unet: Any, latent_edge: int, config: RunConfig) -> int:
                 prediction = predict(unet, noisy, torch.ones(len(noisy), dtype=torch.int64), told)
                 loss = (prediction.float() - noisy).pow(2).mean()
             loss.backward()
+    return int(counter.peak)
+
+
+def drawing_bytes(unet: Any, latent_edge: int, rows: int, mixed_precision: str, guided: bool = True) -> int:
+    """The most that one pass without gradients holds beside the weights [bytes]: of a solver step, or of a validation.
+
+    Args:
+        unet: of shapes alone, in the precisions that it is drawn with; its weights are changed for fake ones.
+        latent_edge: of the latents, which are square.
+        rows: pictures at a time.
+        guided: each picture is seen with its prompt and without.
+    """
+    unet.eval()
+    with FakeTensorMode(), torch.no_grad():
+        for module in unet.modules():
+            _fill_with_fakes(module)
+        with LiveBytes(unet.parameters()) as counter:
+            noisy, told = _inputs(unet.config, latent_edge, rows * (2 if guided else 1))
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision != "no"):
+                predict(unet, noisy, torch.ones(len(noisy), dtype=torch.int64), told)
+    return int(counter.peak)
+
+
+def encoding_bytes(vae: Any, edge_px: int, rows: int) -> int:
+    """The most that the autoencoder's first half holds beside its weights, for pictures in float32 [bytes]."""
+    return _autoencoder_bytes(vae, vae.encode, (rows, 3, edge_px, edge_px))
+
+
+def decoding_bytes(vae: Any, latent_edge: int, rows: int) -> int:
+    """The same of its second half."""
+    return _autoencoder_bytes(vae, vae.decode, (rows, int(vae.config.latent_channels), latent_edge, latent_edge))
+
+
+def _autoencoder_bytes(vae: Any, half: Callable[..., Any], shape: tuple[int, ...]) -> int:
+    with torch.no_grad(), LiveBytes(vae.parameters()) as counter:
+        half(torch.empty(shape, device="meta"), return_dict=False)
     return int(counter.peak)
 
 

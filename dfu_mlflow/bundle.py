@@ -23,7 +23,7 @@ class BundleSource:
         prompts: class label -> prompt.
         settings: sampling defaults.
         shown: `live` or `ema`.
-        base_digests: part of the base -> SHA-256 of its weights; what a base that is only referred to is held to.
+        base_digests: part of the base -> SHA-256 of its weight files; what a base that is only referred to is held to.
     """
 
     weights: Path
@@ -47,7 +47,7 @@ def write_bundle(folder: Path, config: RunConfig, source: BundleSource) -> Path:
     shutil.copyfile(source.weights, folder / "weights.safetensors")
     facts = {
         "format": FORMAT,
-        "base": {"bundled": bundled, "source": config.base_model, "digests": dict(source.base_digests)},
+        "base": {"bundled": bundled, "source": config.base_model, "file_digests": dict(source.base_digests)},
         "adapter": config.adapter.model_dump(mode="json"),
         "mixed_precision": config.train.mixed_precision,
         "shown": source.shown,

@@ -7,12 +7,14 @@ the second), each prompt encoded on its own, so parity with sampling holds by co
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from dfu_mlflow.base.load import BaseModel
 from dfu_mlflow.data.cache import RowCache
 from dfu_mlflow.runtime import move
 from dfu_mlflow.types import Conditioning, Pipeline
@@ -104,7 +106,7 @@ class EmbeddingCache:
 
     Attributes:
         rows: the cache.
-        encoders: `part_digest` of both text encoders.
+        encoders: digests of both text encoders (`BaseModel.digest`).
     """
 
     rows: RowCache
@@ -112,18 +114,20 @@ class EmbeddingCache:
 
 
 def encode_prompts(
-    pipe: Pipeline, prompts: dict[str, str], negative_prompt: str, cache: EmbeddingCache | None = None
+    model: BaseModel | Pipeline, prompts: Mapping[str, str], negative_prompt: str, cache: EmbeddingCache | None = None
 ) -> Conditioner:
     """Encode one prompt a class, the unconditional and the negative prompt.
 
     Args:
+        model: a base, whose text encoders are loaded where the cache lacks a text and given up again, or a pipeline
+            that holds them.
         prompts: class label -> prompt.
         negative_prompt: empty for none.
         cache: embeddings by text and encoder weights; None encodes anew.
     """
     texts = list(prompts.values())
-    rows = _rows(pipe, [UNCONDITIONAL, *texts, *([negative_prompt] if negative_prompt else [])], cache)
-    width = rows.shape[1] - int(pipe.text_encoder_2.config.projection_dim)
+    rows = _rows(model, [UNCONDITIONAL, *texts, *([negative_prompt] if negative_prompt else [])], cache)
+    width = rows.shape[1] - _pooled_width(model)
     embeddings = rows[:, :width].reshape(len(rows), TOKENS, -1).clone()
     pooled = rows[:, width:].clone()
     negative = slice(-1, None) if negative_prompt else slice(1)
@@ -145,16 +149,30 @@ def prompt_length(pipe: Pipeline, prompts: Sequence[str]) -> int:
     return max(len(pipe.tokenizer(prompt).input_ids) for prompt in prompts)
 
 
-def _rows(pipe: Pipeline, texts: Sequence[str | None], cache: EmbeddingCache | None) -> torch.Tensor:
+def _rows(model: BaseModel | Pipeline, texts: Sequence[str | None], cache: EmbeddingCache | None) -> torch.Tensor:
     """[K, L * D + P]: embeddings and pooled side by side, one row a text or `UNCONDITIONAL`."""
 
     def compute(positions: list[int]) -> torch.Tensor:
-        return torch.stack([_encode(pipe, texts[position]) for position in positions])
+        with _encoding(model) as pipe:
+            return torch.stack([_encode(pipe, texts[position]) for position in positions])
 
     if cache is None:
         return compute(list(range(len(texts))))
-    keys = [_key(pipe, text) for text in texts]
-    return cache.rows.rows(f"embeddings-{''.join(digest[:16] for digest in cache.encoders)}", keys, compute)
+    tokenizing = model.pipeline() if isinstance(model, BaseModel) else model
+    keys = [_key(tokenizing, text) for text in texts]
+    namespace = f"embeddings-{''.join(digest[:16] for digest in cache.encoders)}"
+    return cache.rows.rows(namespace, keys, compute, len(keys))
+
+
+def _encoding(model: BaseModel | Pipeline) -> AbstractContextManager[Pipeline]:
+    """A pipeline with text encoders in it, inside a block."""
+    return model.text_encoders() if isinstance(model, BaseModel) else nullcontext(model)
+
+
+def _pooled_width(model: BaseModel | Pipeline) -> int:
+    if isinstance(model, BaseModel):
+        return model.pooled_width
+    return int(model.text_encoder_2.config.projection_dim)
 
 
 def _key(pipe: Pipeline, text: str | None) -> str:

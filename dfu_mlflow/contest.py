@@ -18,7 +18,6 @@ from dfu_mlflow.evaluation_run import (
 )
 from dfu_mlflow.metrics.comparison import Comparison
 from dfu_mlflow.preparation import Material
-from dfu_mlflow.runtime import use_precision
 from dfu_mlflow.sightings import Sighting, check_subject
 from dfu_mlflow.subject import Subject
 
@@ -112,11 +111,9 @@ class _Ring:
         self.notes |= evaluation.notes
 
     def _champion(self, evaluation: Evaluation, subject: Subject, base: Sighting) -> Sighting:
-        config, observer = self.config, evaluation.observer
+        observer = evaluation.observer
         assert self.champion is not None
         self.rival = f"{CHAMPION} ({self.champion.origin.version or self.champion.origin.source})"
-        if subject.sampler is not None:
-            use_precision(subject.sampler.pipe.unet, observer.material.device, config.train.mixed_precision)
         rival = observer.subject(subject, base)
         self.rival_figures = dict(rival.figures)
         evaluation.tracker.epoch(SUBJECT_STEP, {f"champion/{name}": value for name, value in rival.figures.items()})

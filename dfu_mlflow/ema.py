@@ -56,15 +56,23 @@ class ExponentialMovingAverage:
 
     @contextmanager
     def applied(self, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        """The live weights hold the average inside this block, and exactly their own values after it."""
+        """The live weights hold the average inside this block, and exactly their own values after it.
+
+        The two change places, one weight at a time: a third set of SDXL's weights takes 9.6 GiB.
+        """
         self._check_names(weights)
-        # Where the average is: an average is on the host because the GPU has no room for the weights a second time.
-        kept = {name: weight.detach().to(self.average[name].device, copy=True) for name, weight in weights.items()}
-        copy_into(weights, self.average)
+        self._exchange(weights)
         try:
             yield
         finally:
-            copy_into(weights, kept)
+            self._exchange(weights)
+
+    @torch.no_grad()
+    def _exchange(self, weights: Mapping[str, nn.Parameter]) -> None:
+        for name, average in self.average.items():
+            live = weights[name].detach().to(average.device, average.dtype, copy=True)
+            weights[name].copy_(average)
+            average.copy_(live)
 
     def load(self, average: Mapping[str, torch.Tensor], updates: int) -> None:
         """Continue from a checkpoint."""

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dfu_mlflow.base.load import give_up_text_encoders
 from dfu_mlflow.config.load import dump_yaml
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.data import dataset_digest
@@ -15,6 +14,8 @@ from dfu_mlflow.evaluator import flatten, folded
 from dfu_mlflow.interrupt import StopRequest
 from dfu_mlflow.memorisation import MemorisationProbe, membership
 from dfu_mlflow.memory import check_output_folder
+from dfu_mlflow.memory_limits import require_memory
+from dfu_mlflow.memory_phases import evaluation_memory
 from dfu_mlflow.metrics.comparison import Comparison
 from dfu_mlflow.metrics.extractors.files import Unavailable
 from dfu_mlflow.metrics.extractors.sscd import sscd
@@ -26,7 +27,7 @@ from dfu_mlflow.report.document import Section
 from dfu_mlflow.report.evaluation import EvaluationStory, evaluation_report
 from dfu_mlflow.report.findings import memorisation_section, utility_section
 from dfu_mlflow.report.render import render
-from dfu_mlflow.runtime import make_current, pick_device, provenance, use_precision
+from dfu_mlflow.runtime import make_current, pick_device, provenance
 from dfu_mlflow.sightings import Observer, Sighting, check_subject
 from dfu_mlflow.subject import Subject
 from dfu_mlflow.tracking import Tracker, masked, track
@@ -94,18 +95,15 @@ def run_evaluation(
         Interrupted: after Ctrl-C or SIGTERM.
     """
     with StopRequest() as stop:
-        make_current(pick_device(config.device))
+        device = make_current(pick_device(config.device))
         source = read_source(config)
+        require_memory(config, device, evaluation_memory)
         check_output_folder(config.output_dir)
         check_store()
         material = prepare(config, source)
-        give_up_text_encoders(material.pipe)
-        material.pipe.to(material.device)
         subject = open_subject(config, material)
         config = fitting(config, subject)
         check_subject(config, material, subject)
-        for pipe in (material.pipe, *([subject.sampler.pipe] if subject.sampler else [])):
-            use_precision(pipe.unet, material.device, config.train.mixed_precision)
         observer = Observer(config, material, build_panels(config, material, thorough=True), Ranks(stop.check))
         with track(config) as tracker:
             evaluation = Evaluation(config, observer, tracker, origin)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,6 +104,7 @@ class Evaluator:
         panels: what is measured on them; the first one's counts decide how many are drawn.
         config: how much is measured.
         ranks: who shares the work; their stop request is answered between batches.
+        unet: gives the UNet where it is shared with other models; None takes the material's.
     """
 
     def __init__(
@@ -113,8 +115,10 @@ class Evaluator:
         panels: tuple[Panel, ...],
         config: EvaluationConfig,
         ranks: Ranks,
+        unet: Callable[[], Any] | None = None,
     ) -> None:
         self.material = material
+        self.unet_source = unet
         self.objective = objective
         self.settings = settings
         self.panels = panels
@@ -143,7 +147,7 @@ class Evaluator:
 
     def losses(self) -> torch.Tensor:
         """Validation losses of the weights in the UNet, float64 [M, T]."""
-        unet = self.material.pipe.unet
+        unet = self.material.pipe.unet if self.unet_source is None else self.unet_source()
         unet.eval()
         return validation_losses(unet, self.objective, self.material.conditioner, self.grid, self.ranks)
 
@@ -159,7 +163,8 @@ class Evaluator:
                 counted.append(number < wanted)
                 seeds.append(derive_seed(self.config.seed, "evaluation", class_id, number))
         class_ids = torch.tensor(ids)
-        sampler = Sampler(self.material.pipe, self.material.conditioner, settings or self.settings, batch_size)
+        pipe, conditioner = self.material.pipe, self.material.conditioner
+        sampler = Sampler(pipe, conditioner, settings or self.settings, batch_size, self.unet_source)
 
         def drawn(rows: slice) -> torch.Tensor:
             pictures = sampler.generate(class_ids[rows], seeds[rows], between_batches=self.between_batches)

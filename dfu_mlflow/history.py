@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,15 @@ class History:
         """Epoch -> value of one figure."""
         return {int(epoch): entry["figures"][name] for epoch, entry in self.epochs.items() if name in entry["figures"]}
 
+    def series_of(self, metric: str, weights: str) -> dict[int, float]:
+        """Epoch -> `eval/METRIC` of these weights, `live` or `ema`; epoch 0 is the untouched base for both."""
+        name, found = f"eval/{metric}", {}
+        for epoch in self.measured():
+            own = figures_of_weights(self.figures(epoch), weights if epoch else "live")
+            if name in own:
+                found[epoch] = own[name]
+        return found
+
     def baseline(self) -> Baseline | None:
         """The untouched base's measurement, None before it was made."""
         if "0" not in self.epochs:
@@ -56,6 +66,20 @@ class History:
         return Baseline(
             tuple(_report(report) for report in base["reports"]), torch.tensor(base["losses"], dtype=torch.float64)
         )
+
+
+def figures_of_weights(figures: Mapping[str, float], weights: str) -> dict[str, float]:
+    """The `eval/` and `val/` figures of one set of weights, `live` or `ema`, both under the plain names.
+
+    Whoever speaks of the weights that were chosen asks here: `eval/kid` alone is always the live ones'.
+    """
+    suffix = "" if weights == "live" else "_ema"
+    found: dict[str, float] = {}
+    for group in ("eval", "val"):
+        prefix = f"{group}{suffix}/"
+        own = {name.removeprefix(prefix): value for name, value in figures.items() if name.startswith(prefix)}
+        found |= {f"{group}/{name}": value for name, value in own.items()}
+    return found
 
 
 def _report(content: dict[str, Any]) -> EvalReport:

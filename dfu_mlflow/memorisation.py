@@ -20,6 +20,7 @@ from dfu_mlflow.photograph_features import Features, PhotographFeatures, feature
 from dfu_mlflow.preparation import Material
 from dfu_mlflow.ranks import Ranks
 from dfu_mlflow.sampling import Sampler
+from dfu_mlflow.subject import base_sampler
 from dfu_mlflow.types import Estimate, Record
 from dfu_mlflow.validation import ValidationGrid, grid_rows, validation_losses
 
@@ -125,12 +126,12 @@ def _member_losses(
     grid = ValidationGrid.build(latents, factor, len(records), evaluation.validation_timesteps, evaluation.seed)
     now, base = (
         validation_losses(
-            pipe.unet,
-            Objective(dict(pipe.scheduler.config), config.loss, None),
-            conditioner,
+            each.unet,
+            Objective(dict(each.pipe.scheduler.config), config.loss, None),
+            each.conditioner,
             grid,
             Ranks(between_batches),
         )
-        for pipe, conditioner in ((sampler.pipe, sampler.conditioner), (material.pipe, material.conditioner))
+        for each in (sampler, base_sampler(config, material))
     )
     return MemberLosses(now, base, tuple(record.patient for record in records))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,37 @@ def count(module: nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
 
 
-def memory_plan(config: RunConfig, source: str) -> dict[str, Any]:
-    """Weights, trainable share, peak memory by part [GiB] on the device and beside it, and checkpoint size [GiB].
+@dataclass(frozen=True)
+class TrainingMemory:
+    """What one process's training step holds, in bytes, and what is trained.
 
     For one process: activations are those of the whole `train.batch_size`, which several processes would share. The
-    device's parts do not all peak together where gradients are kept: there the sum is an upper bound.
+    parts do not all peak together where gradients are kept: there the sum is an upper bound.
+
+    Attributes:
+        weights: of the base's UNet, in number.
+        trained: of them and of its adapters, those that learn.
+        trainable_fraction: trained over all, adapters counted in.
+        unet, gradients, optimizer, ema, activations: bytes.
+        checkpoint: bytes of one on disk.
+    """
+
+    weights: int
+    trained: int
+    trainable_fraction: float
+    unet: float
+    gradients: float
+    optimizer: float
+    ema: float
+    activations: float
+    checkpoint: float
+
+
+def training_memory(config: RunConfig, source: str) -> TrainingMemory:
+    """Estimate them.
 
     Args:
-        source: as `resolve_base` gives it.
+        source: of the base, as `resolve_base` gives it.
     """
     modules = meta_modules(source)
     unet: Any = modules["unet"]
@@ -42,31 +66,17 @@ def memory_plan(config: RunConfig, source: str) -> dict[str, Any]:
     edge = math.ceil(config.data.resolution_px / 2 ** (len(vae.config.block_out_channels) - 1))
     weights = _attached(unet, config)
     trained = sum(weight.numel() for weight in weights)
-    trainable_fraction = trained / count(unet)
-    unet_bytes = sum(weight.nbytes for weight in unet.parameters())
-    ema_bytes = 4.0 * trained if config.ema.enabled else 0.0
-    parts = {
-        "UNet": float(unet_bytes),
-        "gradients": _gradient_bytes(weights, config),
-        "optimizer": _optimizer_bytes(weights, config),
-        "EMA": 0.0 if config.ema.on_host else ema_bytes,
-        "autoencoder": 4.0 * count(vae),
-        "activations": float(activation_bytes(unet, edge, config)),
-    }
-    host = {
-        "EMA": ema_bytes if config.ema.on_host else 0.0,
-        "live weights, while the EMA is evaluated": ema_bytes if config.ema.on_host else 0.0,
-        "text encoders, until prompts are encoded": 4.0
-        * sum(count(modules[name]) for name in ("text_encoder", "text_encoder_2")),
-    }
-    return {
-        "unet_weights": base_weights,
-        "trained_weights": trained,
-        "trainable_fraction": trainable_fraction,
-        "memory_gib": {name: size / GIB for name, size in parts.items()},
-        "host_memory_gib": {name: size / GIB for name, size in host.items() if size},
-        "checkpoint_gib": _checkpoint_bytes(weights, config) / GIB,
-    }
+    return TrainingMemory(
+        weights=base_weights,
+        trained=trained,
+        trainable_fraction=trained / count(unet),
+        unet=float(sum(weight.nbytes for weight in unet.parameters())),
+        gradients=_gradient_bytes(weights, config),
+        optimizer=_optimizer_bytes(weights, config),
+        ema=4.0 * trained if config.ema.enabled else 0.0,
+        activations=float(activation_bytes(unet, edge, config)),
+        checkpoint=_checkpoint_bytes(weights, config),
+    )
 
 
 def check_disk(config: RunConfig, source: str) -> None:

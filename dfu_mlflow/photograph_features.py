@@ -7,9 +7,10 @@ from typing import Protocol
 
 import torch
 
-from dfu_mlflow.base.autoencoder import autoencode
+from dfu_mlflow.base.autoencoder import restore
 from dfu_mlflow.config.schema import RunConfig
-from dfu_mlflow.data import evaluation_pixels
+from dfu_mlflow.data import encode_evaluation_latents, evaluation_pixels
+from dfu_mlflow.data.cache import Compute
 from dfu_mlflow.data.views import plan_evaluation_view
 from dfu_mlflow.metrics.matching import FeatureRows
 from dfu_mlflow.preparation import Material
@@ -49,27 +50,42 @@ class PhotographFeatures:
 
     def photographs(self, records: Sequence[Record], mirrored: bool = False) -> torch.Tensor:
         """float64 [N, D]."""
-        return self._cached(records, f"features:{self.extractor.identity}", restore=False, mirrored=mirrored)
 
-    def reconstructions(self, records: Sequence[Record], mirrored: bool = False) -> torch.Tensor:
-        """float64 [N, D], of the photographs after the autoencoder."""
-        namespace = f"features:{self.extractor.identity}:{self.material.encoder.identity}"
-        return self._cached(records, namespace, restore=True, mirrored=mirrored)
-
-    def _cached(self, records: Sequence[Record], namespace: str, restore: bool, mirrored: bool) -> torch.Tensor:
         def compute(positions: list[int]) -> torch.Tensor:
             pixels = evaluation_pixels([records[position] for position in positions], self.data)
-            if mirrored:
-                pixels = pixels.flip(2)
-            return self.extractor(self._restored(pixels) if restore else pixels)
+            return self.extractor(pixels.flip(2) if mirrored else pixels)
 
+        return self._cached(records, f"features:{self.extractor.identity}", mirrored, compute)
+
+    def reconstructions(self, records: Sequence[Record], mirrored: bool = False) -> torch.Tensor:
+        """float64 [N, D], of the photographs after the autoencoder: their cached latents decoded."""
+
+        def compute(positions: list[int]) -> torch.Tensor:
+            chosen = [records[position] for position in positions]
+            return self.extractor(self._restored(chosen, mirrored))
+
+        namespace = f"features:{self.extractor.identity}:{self.material.encoder.identity}"
+        return self._cached(records, namespace, mirrored, compute)
+
+    def _cached(self, records: Sequence[Record], namespace: str, mirrored: bool, compute: Compute) -> torch.Tensor:
         keys = [plan_evaluation_view(record, self.data).key(record) for record in records]
         batch = max(1, min(MAX_BATCH, READ_PIXELS // self.data.resolution_px**2))
         return self.material.cache.rows(f"{namespace}:mirrored" if mirrored else namespace, keys, compute, batch)
 
-    def _restored(self, pixels: torch.Tensor) -> torch.Tensor:
-        rows = max(1, RESTORED_PIXELS // self.data.resolution_px**2)
-        return torch.cat([autoencode(self.material.pipe.vae, part) for part in pixels.split(rows)])
+    def _restored(self, records: Sequence[Record], mirrored: bool) -> torch.Tensor:
+        """Pixels of photographs after the autoencoder, uint8 [N, H, W, 3]."""
+        material = self.material
+        latents = encode_evaluation_latents(
+            records, self.data, material.cache, material.encoder, material.source.split.classes, mirrored
+        )
+        means = latents.moments[:].chunk(2, dim=1)[0]
+        rows = restored_at_once(self.data.resolution_px)
+        return torch.cat([restore(material.pipe.vae, part) for part in means.split(rows)])
+
+
+def restored_at_once(resolution_px: int) -> int:
+    """Photographs whose latents are decoded together."""
+    return max(1, RESTORED_PIXELS // resolution_px**2)
 
 
 def feature_rows(records: Sequence[Record], classes: tuple[str, ...], features: torch.Tensor) -> FeatureRows:

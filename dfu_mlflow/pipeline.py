@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from dfu_mlflow.alone import alone
-from dfu_mlflow.base.adapters import attach, store_frozen
-from dfu_mlflow.base.load import give_up_text_encoders, resolve_base
+from dfu_mlflow.base.adapters import attach
+from dfu_mlflow.base.load import resolve_base
 from dfu_mlflow.base.origin import Origin
 from dfu_mlflow.batches import Batches
 from dfu_mlflow.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
@@ -23,6 +23,8 @@ from dfu_mlflow.errors import UserError
 from dfu_mlflow.fused import BackwardOptimizer
 from dfu_mlflow.interrupt import StopRequest
 from dfu_mlflow.memory import check_disk, check_output_folder
+from dfu_mlflow.memory_limits import require_memory
+from dfu_mlflow.memory_phases import run_memory
 from dfu_mlflow.objective import Objective
 from dfu_mlflow.optimizers import build_optimizer
 from dfu_mlflow.panels import build_panels
@@ -69,6 +71,8 @@ def run_training(
             _check_single(ranks)
         config = config.model_copy(update={"runtime": _runtime(config, ranks)})
         check_disk(config, resolve_base(config.base_model))
+        if ranks.count == 1:  # several share the batch, and some of them the weights
+            require_memory(config, device, run_memory)
         resumed_from = ranks.decided(lambda: _claimed_checkpoint(config, held), "the start")
         with ranks.main_first("preparation"):
             source = read_source(config)
@@ -152,29 +156,29 @@ def equip(config: RunConfig, material: Material, ranks: Ranks) -> Equipment:
     Raises:
         UserError: for weights or packages that are not at hand, or adapters that fit nowhere.
     """
+    panels = build_panels(config, material)  # before the UNet is loaded: they need the autoencoder alone
     parts = build_parts(config, material, ranks)
     # Before the first step an adapter adds nothing. The main rank alone measures how far the weights went.
     origin = Origin(material.pipe.unet, config.adapter) if ranks.main else None
-    return Equipment(material, build_panels(config, material), parts, origin)
+    return Equipment(material, panels, parts, origin)
 
 
 def build_parts(config: RunConfig, material: Material, ranks: Ranks | None = None) -> Parts:
     """What is trained, on what: the base's UNet made trainable, and everything that a step needs.
 
-    The text encoders are given up.
+    The UNet is loaded here, in the precision that it is trained in.
 
     Raises:
         UserError: as `equip`.
     """
     pipe, ranks = material.pipe, ranks or Ranks()
-    give_up_text_encoders(pipe)
+    matrices = torch.bfloat16 if config.adapter.frozen_dtype == "bfloat16" else torch.float32
+    pipe.register_modules(unet=material.base.unet(matrices, material.device))
     objective = Objective(
         dict(pipe.scheduler.config), config.loss, build_perceptual(config.loss.perceptual_loss, pipe.vae)
     )
     build_kind = BackwardOptimizer if config.train.fused_backward else build_optimizer
     weights = attach(pipe.unet, config.adapter, config.seed)
-    store_frozen(pipe.unet, config.adapter)
-    pipe.to(material.device)
     place = torch.device("cpu") if config.ema.on_host else None
     if config.train.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()

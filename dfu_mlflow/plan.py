@@ -8,8 +8,10 @@ from dfu_mlflow.base.load import resolve_base
 from dfu_mlflow.batches import steps_per_epoch
 from dfu_mlflow.config.load import dump_yaml
 from dfu_mlflow.config.schema import RunConfig
-from dfu_mlflow.memory import GIB, free_bytes, kept_checkpoints, memory_plan
+from dfu_mlflow.memory import GIB, free_bytes, kept_checkpoints, training_memory
+from dfu_mlflow.memory_phases import CUDA_BYTES, RunMemory, libraries_bytes, run_memory
 from dfu_mlflow.preparation import Source, read_source
+from dfu_mlflow.runtime import pick_device
 from dfu_mlflow.verdict import check_names
 
 
@@ -54,22 +56,35 @@ def _step_lines(config: RunConfig, source: Source) -> list[str]:
 
 
 def _size_lines(config: RunConfig) -> list[str]:
-    plan = memory_plan(config, resolve_base(config.base_model))
+    source, device = resolve_base(config.base_model), pick_device(config.device)
+    parts = training_memory(config, source)
+    memory = run_memory(config, source, device.type != "cuda", libraries_bytes())
     place, free = free_bytes(config.output_dir)
-    parts = [f"  {name:<32}{gib:8.2f} GiB" for name, gib in plan["memory_gib"].items()]
-    host = [f"  {name:<40}{gib:8.2f} GiB" for name, gib in plan["host_memory_gib"].items()]
     return [
         "",
         "# Size",
-        f"UNet: {plan['unet_weights']:,} weights; {plan['trained_weights']:,} are trained "
-        f"({100 * plan['trainable_fraction']:.1f} % with the adapters counted in)",
-        "estimated peak memory of training in one process:",
-        *parts,
-        f"  {'sum':<32}{sum(plan['memory_gib'].values()):8.2f} GiB, and what CUDA takes for itself",
-        "  not counted: evaluations, the average on the device while it is evaluated, and the perceptual term, which "
-        "decodes pictures with gradients",
-        "beside it in the computer's memory:",
-        *host,
-        f"disk for checkpoints: {kept_checkpoints(config)} x {plan['checkpoint_gib']:.2f} GiB; "
+        f"UNet: {parts.weights:,} weights; {parts.trained:,} are trained "
+        f"({100 * parts.trainable_fraction:.1f} % with the adapters counted in)",
+        *memory_lines(memory),
+        f"disk for checkpoints: {kept_checkpoints(config)} x {parts.checkpoint / GIB:.2f} GiB; "
         f"free at {place}: {free / GIB:.1f} GiB",
     ]
+
+
+def memory_lines(memory: RunMemory) -> list[str]:
+    """Peak memory of each phase in GiB, the largest one named, and what it is made of."""
+    where = ("this machine's",) if memory.shared else ("the card's", "this machine's")
+    lines = ["", f"# Memory, GiB ({' and '.join(where)}), of one process"]
+    for phase in memory.phases:
+        sizes = [phase.on_host(memory.shared)] if memory.shared else [phase.on_device(), phase.on_host(False)]
+        lines.append(f"  {phase.name:<26}" + "".join(f"{size / GIB:8.2f}" for size in sizes))
+    largest = memory.largest_on_host() if memory.shared else memory.largest_on_device()
+    parts = {**largest.device, **largest.host} if memory.shared else largest.device
+    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
+    more = "" if memory.shared else f", and about {CUDA_BYTES / GIB:.1f} that CUDA takes for itself"
+    lines.append(f"largest: {largest.name} ({listed}{more})")
+    if not memory.shared:
+        host = memory.largest_on_host()
+        listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in host.host.items() if size)
+        lines.append(f"largest on the host: {host.name} ({listed})")
+    return lines

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from dfu_mlflow.base.autoencoder import VaeEncoder
-from dfu_mlflow.base.load import PARTS, check_resolution, load_base, part_digest, resolve_base
+from dfu_mlflow.base.load import PARTS, BaseModel, check_resolution, resolve_base
+from dfu_mlflow.base.shared_unet import SharedUNet
+from dfu_mlflow.base.weight_files import FileDigests
 from dfu_mlflow.conditioning import Conditioner, EmbeddingCache, encode_prompts
 from dfu_mlflow.config.prompts import resolve_prompts
 from dfu_mlflow.config.schema import RunConfig
@@ -38,16 +40,19 @@ class Material:
 
     Attributes:
         source: the photographs.
-        pipe: the base; its UNet is what will be trained.
+        base: where the networks come from, the UNet among them.
+        pipe: the base with its autoencoder; it gets a UNet when one is to be trained.
         conditioner: encoded prompts.
         train, held_out: latents of the training views and of the held-out pictures' evaluation views.
         cache: where costly rows are kept.
         encoder: the autoencoder's identity and first half.
         digests: part of the base -> SHA-256 of its weights.
         device: where the networks are.
+        shared_unet: the one UNet of an evaluation, see `SharedUNet`; training has its own.
     """
 
     source: Source
+    base: BaseModel
     pipe: Pipeline
     conditioner: Conditioner
     train: Latents
@@ -56,6 +61,7 @@ class Material:
     encoder: VaeEncoder
     digests: dict[str, str]
     device: torch.device
+    shared_unet: SharedUNet
 
 
 def read_source(config: RunConfig) -> Source:
@@ -70,23 +76,34 @@ def read_source(config: RunConfig) -> Source:
 
 
 def prepare(config: RunConfig, source: Source) -> Material:
-    """Load the base; encode photographs and prompts, or find them in the cache.
+    """Open the base; encode photographs and prompts, or find them in the cache.
+
+    One network is in memory at a time: text encoders where the cache lacks a prompt, then the autoencoder, which stays.
+    The UNet is not loaded.
 
     Raises:
         UserError: for a base that does not load or does not fit the resolution.
     """
-    pipe = load_base(config.base_model)
-    check_resolution(pipe, config.data.resolution_px)
-    device = pick_device(config.device)
     cache = RowCache(default_cache_dir(config.data))
-    digests = {part: part_digest(getattr(pipe, part)) for part in PARTS}
-    embeddings = EmbeddingCache(cache, (digests["text_encoder"], digests["text_encoder_2"]))
-    conditioner = encode_prompts(pipe, source.prompts, config.prompts.negative_prompt, embeddings)
-    pipe.vae.to(device)
-    encoder = VaeEncoder(pipe.vae, digests["vae"])
+    base = BaseModel(config.base_model, FileDigests(cache.folder))
+    check_resolution(base, config.data.resolution_px)
+    device = pick_device(config.device)
+    digests = {part: base.digest(part) for part in PARTS}
+    conditioner = encode_prompts(base, source.prompts, config.prompts.negative_prompt, embedding_cache(cache, base))
+    vae = base.vae().to(device)
+    pipe = base.pipeline()
+    pipe.register_modules(vae=vae)
+    encoder = VaeEncoder(vae, digests["vae"])
     train = encode_latents(source.split.train, config.data, config.seed, cache, encoder)
     held_out = encode_evaluation_latents(source.split.held_out, config.data, cache, encoder)
-    return Material(source, pipe, conditioner.to(device), train, held_out, cache, encoder, digests, device)
+    shared_unet = SharedUNet(device, config.train.mixed_precision)
+    conditioner = conditioner.to(device)
+    return Material(source, base, pipe, conditioner, train, held_out, cache, encoder, digests, device, shared_unet)
+
+
+def embedding_cache(cache: RowCache, base: BaseModel) -> EmbeddingCache:
+    """Where embeddings by a base's text encoders are kept."""
+    return EmbeddingCache(cache, (base.digest("text_encoder"), base.digest("text_encoder_2")))
 
 
 def sampling_settings(config: RunConfig, train: Latents) -> Settings:

@@ -22,18 +22,16 @@ from diffusers import (
     EulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from dfu_mlflow.base.adapters import attach, store_frozen
-from dfu_mlflow.base.load import give_up_text_encoders, load_base, part_digest
+from dfu_mlflow.base.load import BaseModel
+from dfu_mlflow.base.shared_unet import FineTune, SharedUNet, UNetWeights
+from dfu_mlflow.base.weight_files import FileDigests
 from dfu_mlflow.conditioning import Conditioner, encode_prompts
 from dfu_mlflow.config.schema import AdapterConfig
 from dfu_mlflow.denoising import Guidance, Solver, decode, denoise
 from dfu_mlflow.documents import read_document
-from dfu_mlflow.ema import copy_into
 from dfu_mlflow.errors import UserError
-from dfu_mlflow.runtime import generator, in_slices, pick_device, release_memory, use_precision
+from dfu_mlflow.runtime import generator, in_slices, pick_device, release_memory
 from dfu_mlflow.types import Conditioning, Pipeline
 
 logger = logging.getLogger(__name__)
@@ -103,12 +101,12 @@ def _draw_batch(
     scales: torch.Tensor,
     after_step: Callable[[], None] | None = None,
 ) -> np.ndarray:
-    pipe = sampler.pipe
+    pipe, unet = sampler.pipe, sampler.unet
     edge = settings.resolution_px // pipe.vae_scale_factor
-    shape = (int(pipe.unet.config.in_channels), edge, edge)
+    shape = (int(unet.config.in_channels), edge, edge)
     sources = [generator(seed, "image") for seed in seeds]
     noise = torch.stack([torch.randn(shape, generator=source) for source in sources])
-    noise = noise.to(pipe.unet.device, pipe.unet.dtype)
+    noise = noise.to(unet.device, unet.dtype)
     size = (settings.resolution_px, settings.resolution_px)
     time_ids = torch.tensor([[*settings.original_size_px, 0, 0, *size]], dtype=torch.float32, device=noise.device)
     time_ids = time_ids.expand(len(seeds), -1)
@@ -121,7 +119,7 @@ def _draw_batch(
     scheduler = build_scheduler(dict(pipe.scheduler.config), settings.scheduler, settings.prediction_type)
     solver = Solver(scheduler, _step_keywords(scheduler, sources), after_step)
     latents = denoise(
-        pipe.unet, solver, settings.num_inference_steps, noise, prompts, guidance, keep_prompts=not sampler.filled_to
+        unet, solver, settings.num_inference_steps, noise, prompts, guidance, keep_prompts=not sampler.filled_to
     )
     pixels: np.ndarray = decode(pipe.vae, latents).numpy()
     return pixels
@@ -132,34 +130,75 @@ def _step_keywords(scheduler: Any, sources: list[torch.Generator]) -> dict[str, 
     return {"generator": sources} if "generator" in inspect.signature(scheduler.step).parameters else {}
 
 
-def put_weights(pipe: Pipeline, adapter: AdapterConfig, file: Path) -> None:
-    """Give a base the fine-tuned weights of a safetensors file; nothing is trainable afterwards.
-
-    Raises:
-        UserError: when the file is missing or holds the weights of another model.
-    """
-    weights = attach(pipe.unet, adapter, seed=0)
-    try:
-        copy_into(weights, load_file(file))
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-        raise UserError(f"{file} does not hold this model's weights: {' '.join(str(error).split())[:200]}") from None
-    pipe.unet.requires_grad_(False).eval()
-
-
-def require_same_base(pipe: Pipeline, base: Mapping[str, Any], adapter: AdapterConfig) -> None:
+def require_same_base(base: BaseModel, facts: Mapping[str, Any], adapter: AdapterConfig) -> None:
     """A base that a bundle refers to must be the one it was trained on: a name on a hub can come to mean another.
+
+    Args:
+        facts: the bundle's on its base; earlier versions wrote `digests`, of tensors instead of files.
 
     Raises:
         UserError: naming the parts that differ.
     """
-    digests = {
-        part: digest for part, digest in base.get("digests", {}).items() if part != "unet" or adapter.method == "lora"
-    }
-    other = [part for part, digest in digests.items() if part_digest(getattr(pipe, part)) != digest]
+    known: Mapping[str, str] = facts.get("file_digests", facts.get("digests", {}))
+    digest = base.digest if "file_digests" in facts else base.tensor_digest
+    needed = [part for part in known if part != "unet" or adapter.method == "lora"]
+    other = [part for part in needed if digest(part) != known[part]]
     if other:
         raise UserError(
-            f"base {base['source']} is another one than this model was trained on: {', '.join(other)} differ"
+            f"base {facts['source']} is another one than this model was trained on: {', '.join(other)} differ"
         )
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What `dfu_mlflow.bundle.write_bundle` wrote, with no network loaded.
+
+    Attributes:
+        base: what was fine-tuned.
+        tuned: the weights that learned.
+        prompts: class label -> prompt.
+        negative_prompt: empty for none.
+        settings: sampling defaults.
+        batch_size: pictures drawn at a time.
+        mixed_precision: that training evaluated it in.
+        shown: `live` or `ema`.
+    """
+
+    base: BaseModel
+    tuned: FineTune
+    prompts: Mapping[str, str]
+    negative_prompt: str
+    settings: Settings
+    batch_size: int
+    mixed_precision: str
+    shown: str
+
+
+def open_bundle(folder: Path, digests: FileDigests | None = None) -> Bundle:
+    """Read a bundle's facts.
+
+    Args:
+        digests: of weight files; None remembers them in this call alone.
+
+    Raises:
+        UserError: when the folder is no bundle, or its base is missing or another one.
+    """
+    facts = read_document(folder / BUNDLE, "sampler")
+    own = facts["base"]
+    base = BaseModel(str(folder / "base") if own["bundled"] else own["source"], digests)
+    adapter = AdapterConfig.model_validate(facts["adapter"])
+    if not own["bundled"]:
+        require_same_base(base, own, adapter)
+    return Bundle(
+        base=base,
+        tuned=FineTune(adapter, folder / "weights.safetensors"),
+        prompts=facts["prompts"],
+        negative_prompt=facts["negative_prompt"],
+        settings=read_settings(folder / BUNDLE),
+        batch_size=int(facts["batch_size"]),
+        mixed_precision=str(facts.get("mixed_precision", "no")),
+        shown=str(facts["shown"]),
+    )
 
 
 class Sampler:
@@ -170,13 +209,22 @@ class Sampler:
         conditioner: its encoded prompts.
         settings: the defaults.
         batch_size: images drawn at a time.
+        unet: gives the UNet where it is shared with other models; None takes the pipeline's own.
 
     Attributes:
         filled_to: batches are filled up to this many rows before they are drawn; 0 leaves them as they are.
     """
 
-    def __init__(self, pipe: Pipeline, conditioner: Conditioner, settings: Settings, batch_size: int) -> None:
+    def __init__(
+        self,
+        pipe: Pipeline,
+        conditioner: Conditioner,
+        settings: Settings,
+        batch_size: int,
+        unet: Callable[[], Any] | None = None,
+    ) -> None:
         self.pipe = pipe
+        self.unet_source = unet
         self.conditioner = conditioner
         self.settings = settings
         self.batch_size = batch_size
@@ -188,7 +236,12 @@ class Sampler:
         Batches of fewer than `batch_size` rows are filled up from now on, since another size would be compiled anew.
         """
         self.filled_to = self.batch_size
-        self.pipe.unet.compile()
+        self.unet.compile()
+
+    @property
+    def unet(self) -> Any:
+        """The UNet with this model's weights in it, until another model that shares it asks for its own."""
+        return self.pipe.unet if self.unet_source is None else self.unet_source()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -281,21 +334,14 @@ class Sampler:
         """Open what `dfu_mlflow.bundle.write_bundle` wrote.
 
         Raises:
-            UserError: when the folder is no bundle, or its base is not at hand.
+            UserError: when the folder is no bundle, or its base is missing or another one.
 
-        It draws in the precision that training evaluated it in. The text encoders are given up.
+        It draws in the precision that training evaluated it in. One network is loaded at a time: the text encoders,
+        which are given up, the autoencoder, the UNet.
         """
-        facts = read_document(bundle / BUNDLE, "sampler")
-        pipe = load_base(str(bundle / "base") if facts["base"]["bundled"] else facts["base"]["source"])
-        adapter = AdapterConfig.model_validate(facts["adapter"])
-        if not facts["base"]["bundled"]:
-            require_same_base(pipe, facts["base"], adapter)
-        put_weights(pipe, adapter, bundle / "weights.safetensors")
-        conditioner = encode_prompts(pipe, facts["prompts"], facts["negative_prompt"])
-        give_up_text_encoders(pipe)
-        target, precision = pick_device(device), str(facts.get("mixed_precision", "no"))
-        if precision == "bf16":
-            store_frozen(pipe.unet, adapter)
-        pipe.to(target)
-        use_precision(pipe.unet, target, precision)
-        return cls(pipe, conditioner.to(target), read_settings(bundle / BUNDLE), int(facts["batch_size"]))
+        opened, target = open_bundle(bundle), pick_device(device)
+        conditioner = encode_prompts(opened.base, opened.prompts, opened.negative_prompt)
+        pipe = opened.base.pipeline()
+        unet = SharedUNet(target, opened.mixed_precision).hold(UNetWeights(opened.base, opened.tuned))
+        pipe.register_modules(vae=opened.base.vae().to(target), unet=unet)
+        return cls(pipe, conditioner.to(target), opened.settings, opened.batch_size)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from dfu_mlflow.base.load import part_digest
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.evaluator import Drawn, Evaluator, assess, extract, flatten_reports, sample_grids
@@ -133,8 +132,9 @@ class Observer:
     def _evaluator(self, sampler: Sampler) -> Evaluator:
         material = replace(self.material, pipe=sampler.pipe, conditioner=sampler.conditioner)
         objective = Objective(dict(sampler.pipe.scheduler.config), self.config.loss, None)
-        return Evaluator(material, objective, sampler.settings, self.panels.panels, self.config.evaluation, self.ranks)
+        evaluation, panels = self.config.evaluation, self.panels.panels
+        return Evaluator(material, objective, sampler.settings, panels, evaluation, self.ranks, lambda: sampler.unet)
 
     def _shares_autoencoder(self, sampler: Sampler) -> bool:
         """Held-out latents are the base's: another autoencoder's UNet has nothing to say about them."""
-        return sampler.pipe is self.material.pipe or part_digest(sampler.pipe.vae) == self.material.digests["vae"]
+        return sampler.pipe.vae is self.material.pipe.vae

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-from dfu_mlflow.base.load import give_up_text_encoders, load_base
+from dfu_mlflow.base.load import BaseModel, with_networks
+from dfu_mlflow.base.shared_unet import FineTune, UNetWeights
 from dfu_mlflow.checkpoint import STATE, CheckpointStore
 from dfu_mlflow.conditioning import encode_prompts
 from dfu_mlflow.config.schema import DataConfig, RunConfig
@@ -20,9 +22,8 @@ from dfu_mlflow.data import evaluation_pixels
 from dfu_mlflow.data.images import load_rgb
 from dfu_mlflow.documents import read_document
 from dfu_mlflow.errors import UserError
-from dfu_mlflow.preparation import Material, sampling_settings
-from dfu_mlflow.runtime import pick_device
-from dfu_mlflow.sampling import BUNDLE, Sampler, Settings, put_weights
+from dfu_mlflow.preparation import Material, embedding_cache, sampling_settings
+from dfu_mlflow.sampling import BUNDLE, Sampler, Settings, open_bundle
 from dfu_mlflow.types import Record
 
 Weights = Literal["best", "live", "ema"]
@@ -102,10 +103,10 @@ def open_subject(source: Path, config: RunConfig, material: Material, weights: W
     if (source / STATE).is_file():
         return open_checkpoint(source, config, material, weights)
     if (source / BUNDLE).is_file():
-        facts = read_document(source / BUNDLE, "sampler")
-        return Subject(str(source), str(facts["shown"]), Sampler.load(source, config.device))
+        return _open_bundle(source, material)
     if (source / "model_index.json").is_file():
-        return Subject(str(source), "pipeline", _sampler(load_base(str(source)), config, material))
+        pipeline = UNetWeights(BaseModel(str(source), material.base.digests))
+        return Subject(str(source), "pipeline", _sampler(pipeline, config, material))
     if source.is_dir():
         pictures = read_pictures(source, material.source.split.classes, config.data)
         (width, height), side = pictures.size_px, config.data.resolution_px
@@ -132,9 +133,10 @@ def open_checkpoint(folder: Path, config: RunConfig, material: Material, weights
     judged = str(best["shown"]) if best and best["checkpoint"] == folder.name else "live"
     shown = judged if weights == "best" else weights
     file = folder / ("ema.safetensors" if shown == "ema" else "weights.safetensors")
-    pipe = load_base(config.base_model)
-    put_weights(pipe, config.adapter, file)
-    return Subject(f"{folder} ({shown} weights)", shown, _sampler(pipe, config, material))
+    if not file.is_file():
+        raise UserError(f"{folder} holds no {shown} weights ({file.name})")
+    weights_of = UNetWeights(material.base, FineTune(config.adapter, file))
+    return Subject(f"{folder} ({shown} weights)", shown, _sampler(weights_of, config, material))
 
 
 def read_pictures(folder: Path, classes: Sequence[str], data: DataConfig) -> Pictures:
@@ -195,13 +197,15 @@ def with_settings(subject: Subject, change: Mapping[str, Any]) -> Subject:
     known = {key: value for key, value in change.items() if key in Settings.__dataclass_fields__}
     sampler = subject.sampler
     settings, batch_size = replace(sampler.settings, **known), int(change.get("batch_size", sampler.batch_size))
-    return replace(subject, sampler=Sampler(sampler.pipe, sampler.conditioner, settings, batch_size))
+    changed = Sampler(sampler.pipe, sampler.conditioner, settings, batch_size, sampler.unet_source)
+    return replace(subject, sampler=changed)
 
 
 def base_sampler(config: RunConfig, material: Material) -> Sampler:
     """The untouched base with the configured prompts and settings."""
-    settings = sampling_settings(config, material.train)
-    return Sampler(material.pipe, material.conditioner, settings, config.sampling.batch_size)
+    settings, weights = sampling_settings(config, material.train), UNetWeights(material.base)
+    unet = partial(material.shared_unet.hold, weights)
+    return Sampler(material.pipe, material.conditioner, settings, config.sampling.batch_size, unet)
 
 
 def _open_run(folder: Path, config: RunConfig, material: Material, weights: Weights) -> Subject:
@@ -213,11 +217,36 @@ def _open_run(folder: Path, config: RunConfig, material: Material, weights: Weig
     return open_checkpoint(chosen, config, material, weights)
 
 
-def _sampler(pipe: Any, config: RunConfig, material: Material) -> Sampler:
-    source = material.source
-    conditioner = encode_prompts(pipe, source.prompts, config.prompts.negative_prompt)
-    give_up_text_encoders(pipe)
-    device = pick_device(config.device)
-    pipe.to(device)
+def _open_bundle(source: Path, material: Material) -> Subject:
+    bundle = open_bundle(source, material.base.digests)
+    weights = UNetWeights(bundle.base, bundle.tuned)
+    texts = bundle.prompts, bundle.negative_prompt
+    sampler = _shared(weights, texts, material, bundle.settings, bundle.batch_size)
+    return Subject(str(source), bundle.shown, sampler)
+
+
+def _sampler(weights: UNetWeights, config: RunConfig, material: Material) -> Sampler:
+    texts = material.source.prompts, config.prompts.negative_prompt
     settings = sampling_settings(config, material.train)
-    return Sampler(pipe, conditioner.to(device), settings, config.sampling.batch_size)
+    return _shared(weights, texts, material, settings, config.sampling.batch_size)
+
+
+def _shared(
+    weights: UNetWeights,
+    texts: tuple[Mapping[str, str], str],
+    material: Material,
+    settings: Settings,
+    batch_size: int,
+) -> Sampler:
+    """A sampler on the UNet that is shared by everything evaluated here, and on the autoencoder where it is the same.
+
+    Args:
+        texts: class label -> prompt, and the negative prompt.
+    """
+    base, pipe = weights.base, material.pipe
+    if base.digest("vae") != material.base.digest("vae"):
+        pipe = with_networks(base.pipeline(), vae=base.vae().to(material.device))
+    elif base is not material.base:
+        pipe = with_networks(base.pipeline(), vae=pipe.vae)
+    conditioner = encode_prompts(base, *texts, embedding_cache(material.cache, base)).to(material.device)
+    return Sampler(pipe, conditioner, settings, batch_size, partial(material.shared_unet.hold, weights))

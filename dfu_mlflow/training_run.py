@@ -159,8 +159,8 @@ class TrainingRun(Participant):
             figures |= {f"val{suffix}/{name}": value for name, value in measurement.validation.items()}
             figures |= {f"eval{suffix}/{name}": value for name, value in measurement.figures.items()}
         figures |= self.movement({shown: look.moved for shown, look in looks.items()})
-        self.log_epoch(epoch, figures, measured)
         best = self.best_score(measured)
+        self.log_epoch(epoch, figures, measured, best.shown if best else "live")
         if epoch == 0:
             self.say_if_nothing_chooses(measured["live"])
         if self.supervisor is not None:
@@ -193,8 +193,8 @@ class TrainingRun(Participant):
             figures["ema/coverage"] = moved["ema"] / moved["live"]
         return figures
 
-    def log_epoch(self, epoch: int, figures: dict[str, float], measured: dict[str, Measurement]) -> None:
-        """Everything an epoch leaves behind."""
+    def log_epoch(self, epoch: int, figures: dict[str, float], measured: dict[str, Measurement], better: str) -> None:
+        """Everything an epoch leaves behind; the verdict speaks of its better weights, `live` or `ema`."""
         self.tracker.epoch(epoch, figures)
         for shown, measurement in measured.items():
             self.album.keep(shown, epoch, measurement.grids)
@@ -207,8 +207,8 @@ class TrainingRun(Participant):
             self.tracker.checkpoint(epoch, shown, own)
         self.history.add(epoch, figures, measured)
         success = self.config.evaluation.success
-        name = f"eval/{success.metric}" if success else ""
-        self.tracker.tags({"verdict": success_verdict(success, self.history.series(name), epoch)})
+        series = self.history.series_of(success.metric, better) if success else {}
+        self.tracker.tags({"verdict": success_verdict(success, series, epoch)})
         self.console.epoch(epoch, figures)
         self.diagnose()
 
@@ -275,7 +275,7 @@ class TrainingRun(Participant):
         prompts, digests = self.material.source.prompts, self.material.digests
         write_bundle(bundle, self.config, BundleSource(file, prompts, self.settings, shown, digests))
         success = self.config.evaluation.success
-        series = self.history.series(f"eval/{success.metric}") if success else {}
+        series = self.history.series_of(success.metric, shown) if success else {}
         verdict = success_verdict(success, series, self.config.train.epochs)
         self.tracker.tags({"best.epoch": str(epoch), "best.weights": shown, "verdict": verdict})
         self.diagnose()  # once more: the last evaluation may have made other weights the best

@@ -62,6 +62,11 @@ def grid_rows(rows: int, images: int) -> torch.Tensor:
     return torch.linspace(0, rows - 1, min(images, rows)).round().long()
 
 
+def rows_at_once(latent_edge: int) -> int:
+    """Photographs in one forward pass, by the side of their latents."""
+    return min(MAX_ROWS, max(1, LATENT_PIXELS // latent_edge**2))
+
+
 @torch.no_grad()
 def validation_losses(
     unet: nn.Module,
@@ -85,8 +90,7 @@ def validation_losses(
             piece = type(told)(told.embeddings[part], told.pooled[part], told.time_ids[part])
             return objective.unweighted(unet, latents, noise[part].to(device), steps, piece).double().cpu()
 
-        size = max(1, LATENT_PIXELS // (noise.shape[-2] * noise.shape[-1]))
-        return torch.cat(in_slices(len(noise), min(MAX_ROWS, size), losses_of))[None]
+        return torch.cat(in_slices(len(noise), rows_at_once(noise.shape[-1]), losses_of))[None]
 
     return ranks.rows(len(grid.timesteps), 1, losses_at, "the validation loss").T.contiguous()
 

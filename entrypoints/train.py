@@ -27,16 +27,18 @@ def main(arguments: Sequence[str]) -> int:
         command = [*launcher, "-m", "entrypoints.train", "--config", options["config"], *flags]
         return run_launcher(command, config.device, config.runtime.timeout_s)
     from dfu_mlflow.pipeline import run_training
-    from dfu_mlflow.ranks import is_main_process
-    from registry.publish import publish
+    from dfu_mlflow.runtime import release_memory
+    from registry.promote import promote_run
+    from registry.publish import publish, try_registered
 
-    result = run_training(config, publish=lambda result: publish(result, config))
-    if is_main_process() and config.registry.promote and config.registry.register_model:
-        from dfu_mlflow.runtime import release_memory
-        from registry.promote import promote_run
-
-        release_memory()  # the gate opens models of its own
-        print("\n".join(promote_run(result.run_id, config).sentences))
+    registered = []
+    result = run_training(config, publish=lambda result: registered.append(publish(result, config)))
+    release_memory()  # what follows opens models of its own
+    for version in filter(None, registered):  # of the main process alone
+        if config.registry.promote:
+            print("\n".join(promote_run(result.run_id, config).sentences))
+        else:
+            try_registered(version, config)
     return 0
 
 

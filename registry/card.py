@@ -51,6 +51,7 @@ def model_card(facts: CardFacts) -> str:
     bundle = facts.bundle
     adapter, base = bundle["adapter"], bundle["base"]
     method = f"LoRA of rank {adapter['rank']}" if adapter["method"] == "lora" else "full fine-tune of the UNet"
+    digests = base.get("file_digests", base.get("digests", {}))
     kept = "packaged with it" if base["bundled"] else "by reference, checked by these hashes when it is loaded"
     lines = [
         f"# {facts.name}",
@@ -59,7 +60,7 @@ def model_card(facts: CardFacts) -> str:
         "## Model",
         *(f"- {key}: {value}" for key, value in facts.tags.items()),
         f"- base: {base['source']}, {kept}",
-        *(f"- SHA-256 of the base's {part}: {digest}" for part, digest in base.get("digests", {}).items()),
+        *(f"- SHA-256 of the base's {part}: {digest}" for part, digest in digests.items()),
         f"- photographs and split: {facts.data_digest or 'not told by the run'}",
         "",
         "## Prompts",

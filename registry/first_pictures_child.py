@@ -1,4 +1,4 @@
-"""Program of `registry.clean_process`: load a model, draw one picture of each class, print how much each varies.
+"""Program of `registry.clean_process`: load a model, draw a picture of each class, print how much each varies.
 
 It imports nothing of the project: the packages must come out of the model.
 """
@@ -11,7 +11,7 @@ import json
 import sys
 
 
-def main(uri: str) -> None:
+def main(uri: str, steps: int, most: int) -> None:
     import mlflow
     import numpy as np
     import pandas as pd
@@ -21,11 +21,12 @@ def main(uri: str) -> None:
     if "python_model" in flavor and not str(flavor.get("model_code_path", "")).endswith(".py"):
         sys.exit(f"its {flavor['python_model']} is a pickle, which runs whatever it holds: it is not opened")
     model = mlflow.pyfunc.load_model(uri)
-    classes = list(model.unwrap_python_model().sampler.classes)
-    answers = model.predict(pd.DataFrame({"phase": classes, "seed": range(len(classes))}))
+    classes = list(model.unwrap_python_model().sampler.classes)[: most or None]
+    rows = pd.DataFrame({"phase": classes, "seed": range(len(classes))})
+    answers = model.predict(rows, params={"num_inference_steps": steps})
     pictures = (np.asarray(Image.open(io.BytesIO(base64.b64decode(image)))) for image in answers["image"])
     print(json.dumps({label: float(picture.std()) for label, picture in zip(classes, pictures, strict=True)}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

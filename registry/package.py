@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pandas as pd
@@ -89,8 +90,9 @@ def register_sampler(
         info = Model.log(
             artifact_path=None,
             name=model_name,
-            flavor=mlflow.pyfunc,
+            flavor=WithoutPrediction(),
             run_id=run_id,
+            validate_serving_input=False,
             python_model=str(ROOT / "registry" / "sampler.py"),
             artifacts={"bundle": str(bundle)},
             code_paths=_code(Path(folder)),
@@ -111,6 +113,21 @@ def register_sampler(
         client.set_registered_model_alias(config.registry.name, config.registry.alias, version.version)
     uri = f"models:/{version.name}/{version.version}"
     return RegisteredSampler(str(version.name), int(version.version), uri)
+
+
+class WithoutPrediction:
+    """MLflow's pyfunc flavor, which logs the example as it is given.
+
+    By itself `Model.log` predicts the example (mlflow 3.17.2, `mlflow/models/model.py`), which loads a second sampler
+    beside the training that is still in memory; pyfunc's own `save_model` does not know the argument that says no.
+    """
+
+    __name__ = mlflow.pyfunc.__name__
+
+    @staticmethod
+    def save_model(validate_serving_input: bool, **rest: Any) -> None:
+        """Write the model's files."""
+        mlflow.pyfunc.save_model(**rest)
 
 
 def signature(settings: Mapping[str, float]) -> ModelSignature:

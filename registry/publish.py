@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import sys
+
+from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.errors import UserError
+from dfu_mlflow.history import figures_of_weights
 from dfu_mlflow.participant import TrainingResult
 from dfu_mlflow.tracking import masked
+from registry.aliases import write_tags
+from registry.card import DESCRIPTION_CHARACTERS
+from registry.clean_process import try_version
 from registry.package import RegisteredSampler, register_sampler
+
+SMOKE_TEST_TAG = "smoke_test"
+"""Tag of a version: `passed: …` or `failed: …`, how drawing with it went right after it was registered."""
 
 
 def publish(result: TrainingResult, config: RunConfig) -> RegisteredSampler | None:
     """Register the result's bundle, if the configuration says so, and print the commands that come next."""
-    headline = [
-        f"{name} {result.figures[key]:.4g}"
-        for name, key in (("fid", "eval/fid"), ("fd", "eval/fd"), ("kid", "eval/kid"))
-        if key in result.figures
-    ]
+    own = figures_of_weights(result.figures, result.shown)
+    headline = [f"{name} {own[f'eval/{name}']:.4g}" for name in ("fid", "fd", "kid") if f"eval/{name}" in own]
     print(f"best: epoch {result.best_epoch}, {result.shown} weights, {', '.join(headline) or 'not measured'}")
     print(f"success criterion: {result.verdict}")
     if not config.registry.register_model or result.bundle is None:
         print(f"not registered; the sampler is in {result.bundle}")
         return None
-    figures = {name: value for name, value in result.figures.items() if name.startswith(("eval", "val"))}
     tags = {"epoch": str(result.best_epoch), "weights": result.shown, "verdict": result.verdict}
     try:
-        version = register_sampler(result.bundle, config, result.run_id, figures, tags)
+        version = register_sampler(result.bundle, config, result.run_id, own, tags)
     except MlflowException as error:
         raise UserError(
             f"not registered, MLflow refuses it: {masked(error)}; the trained sampler is in {result.bundle}"
@@ -41,3 +47,22 @@ def publish(result: TrainingResult, config: RunConfig) -> RegisteredSampler | No
         f"  mlflow models serve -m {uri} --env-manager local"
     )
     return version
+
+
+def try_registered(version: RegisteredSampler, config: RunConfig) -> None:
+    """Draw with a registered version in a process of its own, and write on the version how it went.
+
+    To be called when the memory of the training is free again. A version that fails stays registered: what was trained
+    is in it, and `promote` refuses it.
+    """
+    trial = try_version(version.uri, config.gates.loads.timeout_s, classes=1)
+    outcome = f"{'passed' if trial.passed else 'failed'}: {trial.sentence}"
+    write_tags(version.name, version.version, {SMOKE_TEST_TAG: outcome})
+    if trial.passed:
+        print(f"tried: {trial.sentence}", flush=True)
+        return
+    client = MlflowClient()
+    card = client.get_model_version(version.name, str(version.version)).description or ""
+    warning = f"**This version does not draw.** {trial.sentence}"
+    client.update_model_version(version.name, str(version.version), f"{warning}\n\n{card}"[:DESCRIPTION_CHARACTERS])
+    print(f"warning: {trial.sentence}; {version.name} version {version.version} stays registered", file=sys.stderr)

@@ -20,6 +20,7 @@ from dfu_mlflow.errors import UserError
 from dfu_mlflow.interrupt import StopRequest
 from dfu_mlflow.runtime import derive_seed, pick_devices, require_compiler
 from dfu_mlflow.sampling import Sampler, Settings
+from registry.memory import require_room
 from registry.picture import picture_facts, png
 from registry.picture_checks import COLOUR, COPY, Photographs, PictureChecks, Verdict
 from registry.sample_folder import MANIFEST, SampleFolder, check_folder
@@ -107,6 +108,7 @@ def sample(config: SampleConfig) -> Sampled:
         require_compiler("sample.compile")
     located = _locate(config.model)
     devices = pick_devices(config.device)
+    require_room(located.folder, devices[0])
     pool = SamplerPool.load(located.folder, devices)
     counts = _counts(config.sample, pool.first.classes)
     photographs, notes = _photographs(config, located, str(devices[0]))

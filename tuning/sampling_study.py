@@ -20,7 +20,6 @@ from dfu_mlflow.objective import Objective as TrainingLoss
 from dfu_mlflow.panels import build_panels
 from dfu_mlflow.preparation import Material, prepare, read_source
 from dfu_mlflow.ranks import Ranks
-from dfu_mlflow.runtime import use_precision
 from dfu_mlflow.sampling import Sampler, Settings
 from dfu_mlflow.sightings import check_subject
 from dfu_mlflow.subject import open_subject
@@ -62,7 +61,6 @@ class SamplingObjective:
         check_subject(config, material, subject)
         if subject.sampler is None:
             raise UserError(f"--tune.source {config.tune.source} is a folder of pictures: give a model that draws")
-        use_precision(subject.sampler.pipe.unet, material.device, config.train.mixed_precision)
         self.config, self.shown, self.sampler = config, subject.shown, subject.sampler
         self.panels = build_panels(config, material)
         missing = [name for name in self.names if name in self.panels.notes]
@@ -147,4 +145,5 @@ def _evaluator(
 ) -> Evaluator:
     own = replace(material, pipe=sampler.pipe, conditioner=sampler.conditioner)
     loss = TrainingLoss(dict(sampler.pipe.scheduler.config), config.loss, None)
-    return Evaluator(own, loss, sampler.settings, panels, config.evaluation, Ranks(check_stop))
+    ranks = Ranks(check_stop)
+    return Evaluator(own, loss, sampler.settings, panels, config.evaluation, ranks, lambda: sampler.unet)

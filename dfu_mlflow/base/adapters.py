@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
 from peft import LoraConfig
+from safetensors import SafetensorError
 from torch import nn
 
+from dfu_mlflow.base.weight_files import read_tensors_in_turn
 from dfu_mlflow.config.schema import AdapterConfig
 from dfu_mlflow.errors import UserError
+from dfu_mlflow.phases import phase
 from dfu_mlflow.runtime import derive_seed
 
 ADAPTER = "default"
@@ -25,7 +32,8 @@ def attach(unet: nn.Module, config: AdapterConfig, seed: int) -> Weights:
     if config.method == "full":
         unet.requires_grad_(True)
         return dict(unet.named_parameters())
-    with torch.random.fork_rng(devices=[]):  # peft draws the A matrices from the global generator
+    # peft draws the A matrices from the global generator, and gives adapters the dtype of the weights beside them
+    with torch.random.fork_rng(devices=[]), _as_float32(unet, config):
         torch.manual_seed(derive_seed(seed, "adapter"))
         try:
             unet.add_adapter(lora_config(config), adapter_name=ADAPTER)  # type: ignore[operator]
@@ -33,6 +41,56 @@ def attach(unet: nn.Module, config: AdapterConfig, seed: int) -> Weights:
             names = str(error).splitlines()[0]
             raise UserError(f"--adapter.targets {list(config.targets)} fits no module of the UNet: {names}") from None
     return {name: weight for name, weight in unet.named_parameters() if weight.requires_grad}
+
+
+def load_weights(unet: nn.Module, config: AdapterConfig, file: Path) -> None:
+    """Give a base's UNet the fine-tuned weights of a safetensors file; nothing is trainable afterwards.
+
+    Raises:
+        UserError: when the file is missing or holds the weights of another model.
+    """
+    weights = attach(unet, config, seed=0)
+    try:
+        with torch.no_grad():
+            copy_from_file(weights, file)
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise UserError(f"{file} does not hold this model's weights: {' '.join(str(error).split())[:200]}") from None
+    unet.requires_grad_(False).eval()
+
+
+def copy_from_file(weights: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Copy the tensors of a safetensors file into weights by name, one after the other.
+
+    Raises:
+        KeyError: for a weight that the file lacks.
+        RuntimeError: for one of another shape.
+    """
+    missing = set(weights)
+    with phase(f"reading {file.name}", len(weights), "tensors") as progress:
+        for name, value in read_tensors_in_turn(file, tuple(weights)):
+            if value.shape != weights[name].shape:
+                raise RuntimeError(f"{name} is {tuple(value.shape)}, not {tuple(weights[name].shape)}")
+            weights[name].copy_(value)
+            missing.discard(name)
+            progress.advance()
+    if missing:
+        raise KeyError(f"{len(missing)} tensors are missing, such as {min(missing)}")
+
+
+@contextmanager
+def _as_float32(unet: nn.Module, config: AdapterConfig) -> Iterator[None]:
+    """Inside the block the matrices have float32's dtype, their shapes, and no memory: nothing reads their values."""
+    halved = [each for each in unet.modules() if isinstance(each, nn.Linear) and each.weight.dtype != torch.float32]
+    if config.use_dora and halved:
+        raise ValueError("a DoRA adapter measures the base's matrices: load them in float32")
+    kept = [module.weight for module in halved]
+    for module, weight in zip(halved, kept, strict=True):
+        module.weight = nn.Parameter(torch.zeros(1, device=weight.device).expand(weight.shape), requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, weight in zip(halved, kept, strict=True):
+            module.weight = weight
 
 
 def store_frozen(unet: nn.Module, config: AdapterConfig) -> None:

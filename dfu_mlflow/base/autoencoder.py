@@ -32,10 +32,16 @@ class VaeEncoder:
 
 
 @torch.no_grad()
-def autoencode(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Photographs as the autoencoder gives them back: no sampler on it does better. uint8 [B, H, W, 3] both ways."""
-    images = to_signed(pixels).to(vae.device, vae.dtype)
-    decoded = vae.decode(vae.encode(images).latent_dist.mode(), return_dict=False)[0]
+def restore(vae: Any, means: torch.Tensor) -> torch.Tensor:
+    """Photographs as the autoencoder gives them back, from their encoding: no sampler on it does better.
+
+    Args:
+        means: of the posterior, unscaled, [B, C, h, w].
+
+    Returns:
+        uint8 [B, H, W, 3].
+    """
+    decoded = vae.decode(means.to(vae.device, vae.dtype), return_dict=False)[0]
     restored: torch.Tensor = ((decoded.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu()
     return restored
 

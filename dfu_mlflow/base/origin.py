@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils.constants import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
 from dfu_mlflow.base.adapters import ADAPTER
+from dfu_mlflow.base.weight_files import read_tensors_in_turn, tensor_names, weight_files
 from dfu_mlflow.config.schema import AdapterConfig
 
 logger = logging.getLogger(__name__)
@@ -72,10 +70,9 @@ class Origin:
     def _starts(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The base's weights by name, one at a time."""
         yield from self._copies.items()
-        with ExitStack() as opened:
-            shards = {file: opened.enter_context(safe_open(file, framework="pt")) for file in set(self._files.values())}
-            for name, file in self._files.items():
-                yield name, shards[file].get_tensor(name)
+        for file in sorted(set(self._files.values())):
+            own = [name for name, place in self._files.items() if place == file]
+            yield from read_tensors_in_turn(file, own)
 
 
 def _files(unet: nn.Module) -> dict[str, Path]:
@@ -83,13 +80,8 @@ def _files(unet: nn.Module) -> dict[str, Path]:
     name = unet.config.get("_name_or_path")  # type: ignore[union-attr, operator]
     if not name:
         return {}
-    folder = Path(name)
     try:
-        if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-            index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
-            return {name: folder / file for name, file in index.items()}
-        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as content:
-            return dict.fromkeys(content.keys(), folder / SAFETENSORS_WEIGHTS_NAME)
+        return {name: file for file in weight_files(Path(name)) for name in tensor_names(file)}
     except (OSError, SafetensorError):
         return {}
 

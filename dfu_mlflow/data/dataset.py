@@ -6,6 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -57,14 +58,24 @@ def encode_evaluation_latents(
     cache: RowCache,
     encoder: LatentEncoder,
     classes: tuple[str, ...] | None = None,
+    mirrored: bool = False,
 ) -> Latents:
     """Latents of the one deterministic view of each record, for held-out pictures; raises as `encode_latents`.
 
     Args:
         classes: what class ids count; None takes those of the records, which a part of a side may not all have.
+        mirrored: of that view with left and right exchanged.
     """
-    jobs = [(record, plan_evaluation_view(record, config)) for record in records]
+    plans = [plan_evaluation_view(record, config) for record in records]
+    if mirrored:
+        plans = [replace(plan, flips=(True, False)) for plan in plans]
+    jobs = list(zip(records, plans, strict=True))
     return _encode(jobs, config, cache, encoder, classes)
+
+
+def encoded_at_once(resolution_px: int) -> int:
+    """Photographs that the autoencoder is given together."""
+    return max(1, min(MAX_BATCH, BATCH_PIXELS // resolution_px**2))
 
 
 def evaluation_pixels(records: Sequence[Record], config: DataConfig) -> torch.Tensor:
@@ -98,7 +109,7 @@ def _encode(
             raise UserError(f"the autoencoder gives values that are not finite for {names}: use a wider dtype for it")
         return moments
 
-    size = max(1, min(MAX_BATCH, BATCH_PIXELS // config.resolution_px**2))
+    size = encoded_at_once(config.resolution_px)
     keys = [plan.key(record) for record, plan in jobs]
     return Latents(
         moments=cache.stored(f"latents:{encoder.identity}", keys, compute, size),

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from dfu_mlflow.conditioning import Conditioner
+from dfu_mlflow.base.load import BaseModel
+from dfu_mlflow.base.shared_unet import UNetWeights
+from dfu_mlflow.conditioning import Conditioner, encode_prompts
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.data import evaluation_pixels, load_split
 from dfu_mlflow.diagnosis.lacking import Lacking
-from dfu_mlflow.diagnosis.weights import Movement, WeightFiles, changes, measure
+from dfu_mlflow.diagnosis.weight_changes import Change, Movement, measure, read_change
+from dfu_mlflow.diagnosis.weights import WeightFiles
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.metrics.extractors.base import NetworkExtractor
 from dfu_mlflow.metrics.extractors.efficientnet import efficientnet_lite0
@@ -70,7 +72,7 @@ class Bench:
         self.embeddings = embeddings
         self.updates = updates
         self.between_batches: Callable[[], None] = lambda: None
-        self._moved_unet: tuple[Shown, Any] | None = None
+        self._changes: dict[Shown, Change] = {}
         self._movement: dict[Shown, Movement] = {}
         self._losses: dict[str, torch.Tensor] = {}
 
@@ -97,9 +99,7 @@ class Bench:
         """The same, or why there is none: asked by many checks, and each try takes minutes."""
         with suppress(torch.OutOfMemoryError):  # what was loaded is released outside: the traceback holds on to it
             try:
-                material = prepare(self.config, read_source(self.config))
-                material.pipe.to(material.device)
-                return material
+                return prepare(self.config, read_source(self.config))
             except UserError as error:
                 return masked(error)
         release_memory()
@@ -123,22 +123,20 @@ class Bench:
             return False
 
     @cached_property
-    def base(self) -> Any:
+    def base(self) -> BaseModel:
         """The untouched base; it needs no photographs."""
-        if self.has_base:  # one base in memory, on the device that everything else is on
-            return self.material.pipe
-        from dfu_mlflow.base.load import load_base
-
+        if self.has_base:
+            return self.material.base
         self.require("base")
         try:
-            return load_base(self.config.base_model)
+            return BaseModel(self.config.base_model)
         except UserError as error:
             raise Lacking(masked(error)) from None
 
     def movement(self, shown: Shown) -> Movement:
         """How far live or averaged weights have come."""
         if shown not in self._movement:
-            self._movement[shown] = measure(self._file(shown), self.base.unet, self._files().alpha)
+            self._movement[shown] = measure(self._file(shown), self.base, self._files().alpha)
         return self._movement[shown]
 
     def movement_if_known(self, shown: Shown) -> Movement | None:
@@ -148,16 +146,16 @@ class Bench:
         except Lacking:
             return None
 
-    def unet(self, shown: Shown) -> Any:
-        """The base's UNet with the change added to it; the other one is given up, for SDXL's two do not fit a card."""
-        if self._moved_unet is None or self._moved_unet[0] != shown:
-            self._moved_unet = None
-            with suppress(torch.OutOfMemoryError):
-                self._moved_unet = (shown, self._moved(shown))
-        if self._moved_unet is None:
-            release_memory()
-            raise Lacking(NO_ROOM.format("the fine-tuned UNet beside the base's"))
-        return self._moved_unet[1]
+    def unet(self, who: Literal["base", "live", "ema"]) -> Any:
+        """The one UNet in memory with these weights, until others are asked for."""
+        weights = UNetWeights(self.material.base, None if who == "base" else self._change(who))
+        with suppress(torch.OutOfMemoryError):
+            try:
+                return self.material.shared_unet.hold(weights)
+            except UserError as error:
+                raise Lacking(masked(error)) from None
+        self.material.shared_unet.release()
+        raise Lacking(NO_ROOM.format("the UNet"))
 
     def sampler(self, shown: Shown, settings: Settings | None = None) -> Sampler:
         """Draws with the fine-tuned weights, by the run's own settings."""
@@ -165,18 +163,20 @@ class Bench:
 
     def model(self, shown: Shown, settings: Settings | None = None, parts: tuple[str, ...] = ("prompts",)) -> Sampler:
         """The same for losses, to which it does not matter how the run draws."""
-        pipe = copy.copy(self.material.pipe)
         self.require(*parts)
-        pipe.register_modules(unet=self.unet(shown))
-        chosen = settings or sampling_settings(self.config, self.material.train)
-        return Sampler(pipe, self.material.conditioner, chosen, self.config.sampling.batch_size)
+        self._change(shown)  # says at once where there are none
+        return self._sampler(shown, settings)
 
     def base_sampler(self, settings: Settings | None = None) -> Sampler:
         """Draws with the untouched base."""
-        pipe = self.material.pipe
         self.require("prompts", "sampling")
-        chosen = settings or sampling_settings(self.config, self.material.train)
-        return Sampler(pipe, self.material.conditioner, chosen, self.config.sampling.batch_size)
+        return self._sampler("base", settings)
+
+    def _sampler(self, who: Literal["base", "live", "ema"], settings: Settings | None) -> Sampler:
+        material, config = self.material, self.config
+        chosen = settings or sampling_settings(config, material.train)
+        unet = partial(self.unet, who)
+        return Sampler(material.pipe, material.conditioner, chosen, config.sampling.batch_size, unet)
 
     @cached_property
     def pictures(self) -> Pictures:
@@ -232,10 +232,9 @@ class Bench:
         pipe = self.material.pipe
         if told is None:
             self.require("prompts")
-        unet = pipe.unet if who == "base" else self.unet(who)
         objective = Objective(dict(pipe.scheduler.config), self.config.loss)
         losses = validation_losses(
-            unet, objective, told or self.material.conditioner, self.grid(), Ranks(self.between_batches)
+            self.unet(who), objective, told or self.material.conditioner, self.grid(), Ranks(self.between_batches)
         )
         if told is None:
             self._losses[who] = losses
@@ -260,11 +259,30 @@ class Bench:
         means = torch.stack([losses.gather(1, pick).mean() for pick in picks])
         return float(means.std() / means.mean())
 
-    def with_prompts(self, texts: dict[str, str]) -> Conditioner:
-        """Other prompts, class label -> prompt, encoded as sampling does."""
-        from dfu_mlflow.conditioning import encode_prompts
+    def with_prompts(self, *sets: Mapping[str, str]) -> list[Conditioner]:
+        """Other prompts, class label -> prompt, encoded as sampling does; the text encoders are loaded once for all."""
+        material = self.material
+        texts = dict.fromkeys(text for prompts in sets for text in prompts.values())
+        with self.text_encoders() as pipe:
+            known = encode_prompts(pipe, {text: text for text in texts}, "").to(material.device)
+        rows = [torch.tensor([list(texts).index(text) for text in prompts.values()]) for prompts in sets]
+        return [
+            replace(
+                known,
+                classes=tuple(prompts),
+                prompts=tuple(prompts.values()),
+                embeddings=known.embeddings[own],
+                pooled=known.pooled[own],
+            )
+            for prompts, own in zip(sets, rows, strict=True)
+        ]
 
-        return encode_prompts(self.material.pipe, texts, "").to(self.material.device)
+    @contextmanager
+    def text_encoders(self) -> Iterator[Any]:
+        """A pipeline that encodes prompts; one large network is in memory at a time."""
+        self.material.shared_unet.release()
+        with self.material.base.text_encoders() as pipe:
+            yield pipe
 
     def settings(self, **change: Any) -> Settings:
         """The run's sampling settings with some changed."""
@@ -289,13 +307,10 @@ class Bench:
             raise Lacking("no averaged weights lie beside the live ones")
         return files.ema
 
-    def _moved(self, shown: Shown) -> Any:
-        unet = copy.deepcopy(self.base.unet)
-        weights = dict(unet.named_parameters())
-        with torch.no_grad():
-            for name, (_, change) in changes(self._file(shown), self.base.unet, self._files().alpha).items():
-                weights[name].add_(change.to(weights[name]))
-        return unet.requires_grad_(False).eval()
+    def _change(self, shown: Shown) -> Change:
+        if shown not in self._changes:
+            self._changes[shown] = read_change(self._file(shown), self.base, self._files().alpha)
+        return self._changes[shown]
 
 
 def means_by(groups: Sequence[str], values: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,8 @@ RELIANCE = "prior_reliance"
 """Name of the figure in evidence and tags."""
 PAIRS = 24
 DRAWS = 1000
+WHOLE = " "
+"""In place of a word: nothing is left out."""
 WORDS = 12
 """Words of the longest prompt that are left out one by one, at most: the ones that pull hardest stand out among
 them."""
@@ -97,7 +99,10 @@ def prior_reliance(bench: Bench) -> PriorReliance:
     bench.require("prompts")
     prompts = material.source.prompts
     short = {label: MINIMAL.get(label, f"diabetic foot ulcer, {label}") for label in prompts}
-    told, brief = material.conditioner, bench.with_prompts(short)
+    words = _without_words(max(prompts.values(), key=len))
+    variants = [dict.fromkeys(bench.classes, text) for text in words.values()]
+    brief, *ablated = bench.with_prompts(short, *variants)
+    told = material.conditioner
     losses = {
         name: bench.losses("base", each) for name, each in (("own", told), ("short", brief), ("empty", nothing(told)))
     }
@@ -112,7 +117,7 @@ def prior_reliance(bench: Bench) -> PriorReliance:
         moved=moved,
         reliance=found,
         unsaid=unsaid,
-        words=word_pulls(bench, max(prompts.values(), key=len)),
+        words=word_pulls(bench, dict(zip(words, ablated, strict=True))),
     )
 
 
@@ -133,36 +138,37 @@ def _of_pictures(bench: Bench) -> tuple[float | None, Estimate | None, str]:
 def conditional_pull(bench: Bench, told: Conditioner, images: int = 16) -> float:
     """Mean ||e(c) - e(0)|| / ||e(0)|| of the base over held-out latents at middle noise."""
     grid, pipe, device = bench.grid(), bench.material.pipe, bench.material.device
+    unet = bench.unet("base")
     objective = Objective(dict(pipe.scheduler.config), bench.config.loss)
     rows = torch.linspace(0, len(grid.latents) - 1, min(images, len(grid.latents))).round().long()
     column = len(grid.timesteps) // 2
     steps = grid.timesteps[column].expand(len(rows)).to(device)
     noisy = objective.scheduler.add_noise(grid.latents[rows].to(device), grid.noise(column)[rows].to(device), steps)
-    with_prompt = predict(
-        pipe.unet, noisy, steps, _conditioning(told, grid.class_ids[rows], grid.time_ids[rows], False)
-    )
-    without = predict(pipe.unet, noisy, steps, _conditioning(told, grid.class_ids[rows], grid.time_ids[rows], True))
+    with_prompt = predict(unet, noisy, steps, _conditioning(told, grid.class_ids[rows], grid.time_ids[rows], False))
+    without = predict(unet, noisy, steps, _conditioning(told, grid.class_ids[rows], grid.time_ids[rows], True))
     gap = (with_prompt - without).flatten(1).norm(dim=1) / without.flatten(1).norm(dim=1)
     return float(gap.mean())
 
 
-def word_pulls(bench: Bench, prompt: str) -> dict[str, float]:
-    """Per-token ablation: how much pull goes when a word is left out; words spread evenly over the prompt."""
+def word_pulls(bench: Bench, ablated: Mapping[str, Conditioner]) -> dict[str, float]:
+    """Per-token ablation: how much pull goes when a word is left out; words spread evenly over the prompt.
+
+    Args:
+        ablated: the whole prompt under `WHOLE`, and each word -> the prompt without it.
+    """
+    pulls = {word: conditional_pull(bench, each, images=8) for word, each in ablated.items()}
+    lost = {word: pulls[WHOLE] - pull for word, pull in pulls.items() if word != WHOLE}
+    return dict(sorted(lost.items(), key=lambda item: -item[1]))
+
+
+def _without_words(prompt: str) -> dict[str, str]:
+    """The prompt under `WHOLE`, and some of its words -> the prompt without them; empty for a single word."""
     words = prompt.split()
     if len(words) < 2:
         return {}
     chosen = sorted({round(at * (len(words) - 1) / (WORDS - 1)) for at in range(WORDS)})
-    label = bench.classes[0]
-    whole = conditional_pull(bench, _one(bench, label, prompt), images=8)
-    lost = {}
-    for at in chosen:
-        rest = " ".join(words[:at] + words[at + 1 :])
-        lost[words[at].strip(",.")] = whole - conditional_pull(bench, _one(bench, label, rest), images=8)
-    return dict(sorted(lost.items(), key=lambda item: -item[1]))
-
-
-def _one(bench: Bench, label: str, prompt: str) -> Conditioner:
-    return bench.with_prompts(dict.fromkeys(bench.classes, prompt) | {label: prompt})
+    rest = {words[at].strip(",."): " ".join(words[:at] + words[at + 1 :]) for at in chosen}
+    return {WHOLE: prompt, **rest}
 
 
 def _conditioning(told: Conditioner, ids: torch.Tensor, time_ids: torch.Tensor, dropped: bool) -> Conditioning:

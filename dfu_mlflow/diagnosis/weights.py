@@ -1,4 +1,4 @@
-"""Fine-tuned weights in any of the usual layouts -> how far each base weight has moved.
+"""Fine-tuned weights in any of the usual layouts: where they lie, and what their tensors are called.
 
 Layouts: a checkpoint of this project, a diffusers UNet folder (with `unet_ema` beside it), a LoRA file as peft,
 diffusers or kohya's scripts write it.
@@ -7,7 +7,6 @@ diffusers or kohya's scripts write it.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,23 +55,24 @@ class WeightFiles:
     alpha: float | None = None
 
 
-@dataclass(frozen=True)
-class Movement:
-    """How far weights have come from the base.
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """What LoRA adds to one layer: scale * up * down.
 
     Attributes:
-        displacement: ||W - W0|| / ||W0|| over the whole UNet.
-        by_block: the same for each block of it.
-        changed_share: of the elements of tensors that moved at all, those that differ.
-        finite: whether all of them are.
-        dtype: that most tensors are stored in.
+        down: [r, I], of a convolution [r, I, kh, kw].
+        up: [O, r], of a convolution [O, r, 1, 1].
+        scale: alpha / r.
     """
 
-    displacement: float
-    by_block: dict[str, float]
-    changed_share: float
-    finite: bool
-    dtype: str
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+
+    def change(self) -> torch.Tensor:
+        """Of the layer's weight, float32 in its shape."""
+        shape = (self.up.shape[0], *self.down.shape[1:])
+        return self.scale * (self.up.float().flatten(1) @ self.down.float().flatten(1)).reshape(shape)
 
 
 def find_weights(path: Path, alpha: float | None = None) -> WeightFiles:
@@ -105,61 +105,10 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         Lacking: when it cannot be read.
     """
     try:
-        shards = [load_file(shard) for shard in _shards(file)]
+        shards = [load_file(shard) for shard in shards_of(file)]
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise Lacking(f"{file.name} cannot be read: {' '.join(str(error).split())[:200]}") from None
     return {name: value for shard in shards for name, value in shard.items()}
-
-
-def changes(file: Path, unet: Any, alpha: float | None = None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Base weight's name -> (where it started, how it moved), both in the file's own precision.
-
-    Args:
-        unet: the untouched base's UNet.
-        alpha: LoRA's scale numerator, see `WeightFiles`.
-
-    Raises:
-        Lacking: for weights of another model.
-    """
-    stored = read_tensors(file)
-    start = dict(unet.named_parameters())
-    if any("lora" in name.lower() for name in stored):
-        moved = _low_rank(file, stored, unet, alpha)
-    else:
-        same = {name: value for name, value in stored.items() if name in start and value.shape == start[name].shape}
-        if len(same) < len(start):
-            raise Lacking(
-                f"{file.name} does not fit the base: {len(start) - len(same)} of {len(start)} tensors are missing"
-            )
-        moved = {name: value - start[name].detach().to("cpu", value.dtype) for name, value in same.items()}
-    unknown = sorted(set(moved) - set(start))
-    if unknown or not moved:
-        raise Lacking(
-            f"{file.name} does not fit the base: it changes {', '.join(unknown[:3]) or 'nothing of its UNet'}"
-        )
-    return {name: (start[name].detach(), change) for name, change in moved.items()}
-
-
-def measure(file: Path, unet: Any, alpha: float | None = None) -> Movement:
-    """Displacement of weights from the base's; raises as `changes`."""
-    total, moved = Counter[str](), Counter[str]()
-    for name, weight in unet.named_parameters():
-        total[_block(name)] += float(weight.detach().double().pow(2).sum())  # type: ignore[assignment]
-    changed = elements = 0
-    finite = True
-    for name, (_, change) in changes(file, unet, alpha).items():
-        finite = finite and bool(change.isfinite().all())
-        squares = float(change.double().nan_to_num(0.0, 0.0, 0.0).pow(2).sum())
-        moved[_block(name)] += squares  # type: ignore[assignment]
-        if squares > 0:
-            changed, elements = changed + int((change != 0).sum()), elements + change.numel()
-    return Movement(
-        displacement=(sum(moved.values()) / sum(total.values())) ** 0.5,
-        by_block={block: (moved[block] / total[block]) ** 0.5 for block in total if block in moved},
-        changed_share=changed / elements if elements else 0.0,
-        finite=finite,
-        dtype=_dtype(file),
-    )
 
 
 def _average_beside(live: Path) -> Path | None:
@@ -183,7 +132,7 @@ def _names(file: Path) -> list[str]:
         return []
 
 
-def _shards(file: Path) -> list[Path]:
+def shards_of(file: Path) -> list[Path]:
     """The file itself, or those that an index names."""
     if file.suffix != ".json":
         return [file]
@@ -191,29 +140,21 @@ def _shards(file: Path) -> list[Path]:
     return [file.parent / name for name in sorted(set(index.values()))]
 
 
-def _dtype(file: Path) -> str:
-    """From the headers alone: the tensors have been read once already."""
-    counts = Counter[str]()
-    for shard in _shards(file):
-        with safe_open(shard, framework="pt") as content:
-            counts.update(content.get_slice(name).get_dtype() for name in content.keys())  # noqa: SIM118
-    most = counts.most_common(1)[0][0]
-    return SHORT_NAMES.get(most, most)
+def low_rank_layers(file: Path, unet: Any, alpha: float | None) -> dict[str, LowRank]:
+    """Layer's name -> its LoRA, in any of the usual namings.
 
+    Args:
+        unet: of the base's architecture; shapes are enough.
+        alpha: scale numerator, see `WeightFiles`.
 
-def _block(name: str) -> str:
-    parts = name.split(".")
-    return ".".join(parts[:2]) if parts[0] in ("down_blocks", "up_blocks") else parts[0]
-
-
-def _low_rank(
-    file: Path, stored: Mapping[str, torch.Tensor], unet: Any, alpha: float | None
-) -> dict[str, torch.Tensor]:
-    """Base weight's name -> scale * B A."""
+    Raises:
+        Lacking: for a file that cannot be read, or is no LoRA that adds up.
+    """
+    stored: Mapping[str, torch.Tensor] = read_tensors(file)
     if any("magnitude" in name or "dora_scale" in name for name in stored):
         raise Lacking(f"{file.name} is a DoRA: its magnitudes do not add up to a change of the base's weights")
     stored, scales = _peft_names(file, stored, unet)
-    moved = {}
+    found = {}
     for name, down in stored.items():
         if not name.endswith(".lora_A.weight"):
             continue
@@ -222,10 +163,8 @@ def _low_rank(
         if up is None:
             raise Lacking(f"{file.name} holds half of an adapter: {layer} has no second matrix")
         rank = down.shape[0]
-        scale = scales.get(layer, rank if alpha is None else alpha) / rank
-        shape = (up.shape[0], *down.shape[1:])
-        moved[f"{layer}.weight"] = scale * (up.float().flatten(1) @ down.float().flatten(1)).reshape(shape)
-    return moved
+        found[layer] = LowRank(down, up, scales.get(layer, rank if alpha is None else alpha) / rank)
+    return found
 
 
 def _peft_names(

@@ -14,8 +14,9 @@ from mlflow.exceptions import MlflowException
 
 from dfu_mlflow.config.serving import ServeConfig
 from dfu_mlflow.errors import UserError
-from dfu_mlflow.runtime import release_memory
+from dfu_mlflow.runtime import pick_device, release_memory
 from dfu_mlflow.sampling import BUNDLE, Sampler
+from registry.memory import require_room
 from registry.serving.meters import Meters
 from registry.source import resolve_version
 
@@ -50,6 +51,7 @@ def load_version(name: str, config: ServeConfig) -> Served:
         bundles = sorted(files.rglob(BUNDLE))
         if not bundles:
             raise UserError(f"models:/{name} holds no sampler of this project ({BUNDLE})")
+        require_room(bundles[0].parent, pick_device(config.device))
         sampler = Sampler.load(bundles[0].parent, config.device)
     sampler.batch_size = min(sampler.batch_size, config.serve.batch_size)
     sampler.draw(sampler.classes[:1], [0], num_inference_steps=1)

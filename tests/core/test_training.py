@@ -14,9 +14,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from dfu_mlflow.base.load import load_base
 from dfu_mlflow.base.origin import Origin
 from dfu_mlflow.batches import Reader
 from dfu_mlflow.checkpoint import CheckpointStore, load_checkpoint, load_optimizer
+from dfu_mlflow.conditioning import encode_prompts
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
 from dfu_mlflow.errors import Interrupted, UserError
@@ -52,7 +54,7 @@ def test_lora_leaves_the_base_untouched_and_starts_as_the_base(
 ) -> None:
     config = changed(small_config, {"adapter": {"method": "lora", "rank": 4, "use_dora": dora}})
     material = prepare(config, read_source(config))
-    before = {name: weight.clone() for name, weight in material.pipe.unet.state_dict().items()}
+    before = {name: weight.clone() for name, weight in material.base.unet().state_dict().items()}
     trainer = build(config, tmp_path / "c", material=material)
     origin = Origin(trainer.parts.unet, config.adapter)
     assert origin.displacement(trainer.parts.unet) == 0.0
@@ -124,11 +126,14 @@ def test_a_compiled_step_learns_what_a_plain_one_does(
 
 def test_text_encoders_are_given_up_and_pictures_stay_the_same(small_config: RunConfig) -> None:
     material = prepare(small_config, read_source(small_config))
-    sampler = Sampler(material.pipe, material.conditioner, sampling_settings(small_config, material.train), 2)
-    before = sampler.generate(torch.tensor([0, 2]), [1, 2])
+    assert all(getattr(material.pipe, part) is None for part in ("text_encoder", "text_encoder_2", "unet"))
+    settings = sampling_settings(small_config, material.train)
+    whole = load_base(small_config.base_model)
+    told = encode_prompts(whole, material.source.prompts, "")
+    before = Sampler(whole, told, settings, 2).generate(torch.tensor([0, 2]), [1, 2])
     build_parts(small_config, material)
-    assert material.pipe.text_encoder is None
-    assert material.pipe.text_encoder_2 is None
+    assert all(getattr(material.pipe, part) is None for part in ("text_encoder", "text_encoder_2"))
+    sampler = Sampler(material.pipe, material.conditioner, settings, 2)
     assert np.array_equal(sampler.generate(torch.tensor([0, 2]), [1, 2]), before)
 
 

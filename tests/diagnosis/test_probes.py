@@ -70,9 +70,9 @@ def write_pictures(folder: Path, records: tuple[Record, ...], images: np.ndarray
 @pytest.mark.parametrize("name", ["final_layer", "first_ids_into_second", "encoded_empty"])
 def test_embeddings_of_another_encoding_are_named(name: str, small_config: RunConfig, tmp_path: Path) -> None:
     bench = Bench(small_config, NO_WEIGHTS)
-    pipe = bench.material.pipe
-    right = encode_prompts(pipe, bench.material.source.prompts, "")
-    variants = {variant.name: variant for variant in text_variants(pipe, right)}
+    with bench.text_encoders() as pipe:
+        right = encode_prompts(pipe, bench.material.source.prompts, "")
+        variants = {variant.name: variant for variant in text_variants(pipe, right)}
     names = ("embeddings", "pooled", "empty_embeddings", "empty_pooled")
     save_file({each: getattr(right, each).contiguous() for each in names}, tmp_path / "right.safetensors")
     assert isinstance(run(TextMismatch(), small_config, embeddings=tmp_path / "right.safetensors"), Healthy)
@@ -89,7 +89,7 @@ def test_embeddings_of_another_encoding_are_named(name: str, small_config: RunCo
 
 def test_other_classes_than_were_trained_are_no_other_encoding(small_config: RunConfig, tmp_path: Path) -> None:
     bench = Bench(small_config, NO_WEIGHTS)
-    right = encode_prompts(bench.material.pipe, bench.material.source.prompts, "")
+    right = encode_prompts(bench.material.base, bench.material.source.prompts, "")
     save_file({"embeddings": right.embeddings[:2].contiguous()}, tmp_path / "two.safetensors")
     told = run(TextMismatch(), small_config, embeddings=tmp_path / "two.safetensors")
     assert isinstance(told, CannotRun)

@@ -13,10 +13,12 @@ from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from dfu_mlflow.base.load import BaseModel
 from dfu_mlflow.base.origin import Origin
 from dfu_mlflow.config.schema import AdapterConfig
 from dfu_mlflow.diagnosis.lacking import Lacking
-from dfu_mlflow.diagnosis.weights import changes, find_weights, measure
+from dfu_mlflow.diagnosis.weight_changes import measure, read_change
+from dfu_mlflow.diagnosis.weights import find_weights
 
 TARGETS = ["to_q", "to_v"]
 ALPHA, RANK = 8, 4
@@ -65,7 +67,7 @@ def test_low_rank_layouts(write: Callable[[Any, Path, Path], None], random_base:
     wanted = Origin(unet, AdapterConfig(method="lora", rank=RANK, alpha=ALPHA)).displacement(unet)
     write(unet, random_base, tmp_path)
     files = find_weights(tmp_path, alpha=float(ALPHA))
-    found = measure(files.live, fresh(random_base), files.alpha)
+    found = measure(files.live, BaseModel(str(random_base)), files.alpha)
     assert found.displacement == pytest.approx(wanted, rel=1e-4)
     assert found.finite
     assert found.changed_share > 0.99
@@ -78,17 +80,17 @@ def test_full_folder_with_its_average(random_base: Path, tmp_path: Path) -> None
             for weight, first in zip(unet.parameters(), start.parameters(), strict=True):
                 weight.copy_(factor * first)
         unet.save_pretrained(tmp_path / name)
-    files = find_weights(tmp_path)
+    files, base = find_weights(tmp_path), BaseModel(str(random_base))
     assert files.ema is not None
-    assert measure(files.live, start).displacement == pytest.approx(0.1, rel=1e-4)
-    assert measure(files.ema, start).displacement == pytest.approx(0.01, rel=1e-3)
+    assert measure(files.live, base).displacement == pytest.approx(0.1, rel=1e-4)
+    assert measure(files.ema, base).displacement == pytest.approx(0.01, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_shards_are_measured_as_one_file_and_their_type_is_named(
     dtype: torch.dtype, random_base: Path, tmp_path: Path
 ) -> None:
-    start, unet = fresh(random_base), fresh(random_base).to(dtype)
+    start, unet = BaseModel(str(random_base)), fresh(random_base).to(dtype)
     unet.save_pretrained(tmp_path / "one")
     unet.save_pretrained(tmp_path / "many", max_shard_size="100KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
@@ -105,7 +107,7 @@ def test_what_cannot_be_read_says_why(random_base: Path, tmp_path: Path) -> None
         find_weights(tmp_path / "weights.bin")
     (tmp_path / "lora.safetensors").write_bytes(b"not this")
     with pytest.raises(Lacking, match="cannot be read"):
-        changes(tmp_path / "lora.safetensors", fresh(random_base))
+        read_change(tmp_path / "lora.safetensors", BaseModel(str(random_base)))
     save_file({"lora_te1_nothing.lora_down.weight": torch.zeros(2, 2)}, tmp_path / "odd.safetensors")
     with pytest.raises(Lacking, match=r"odd\.safetensors"):
-        changes(tmp_path / "odd.safetensors", fresh(random_base))
+        read_change(tmp_path / "odd.safetensors", BaseModel(str(random_base)))

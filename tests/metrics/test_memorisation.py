@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
-from dfu_mlflow.base.autoencoder import autoencode
+from dfu_mlflow.base.autoencoder import VaeEncoder, restore
 from dfu_mlflow.base.load import load_base
 from dfu_mlflow.config.measures import MemorisationConfig
 from dfu_mlflow.config.schema import DataConfig
@@ -331,7 +331,8 @@ class PhantomClinic:
         return {"pixels": coarse_pixels, "efficientnet_lite0": self.extractor}
 
     def through_autoencoder(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.cat([autoencode(self.vae, part) for part in images.split(32)])
+        encoder = VaeEncoder(self.vae, "")
+        return torch.cat([restore(self.vae, encoder(part).chunk(2, dim=1)[0]) for part in images.split(32)])
 
     def features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"pixels": coarse_pixels(images), "efficientnet_lite0": self.extractor(images)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -12,6 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+from dfu_mlflow.base.shared_unet import SharedUNet
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
 from dfu_mlflow.config.schema import DataConfig
@@ -20,7 +22,6 @@ from dfu_mlflow.errors import UserError
 from dfu_mlflow.participant import TrainingResult
 from dfu_mlflow.pipeline import run_training
 from dfu_mlflow.preparation import Material, prepare, read_source
-from dfu_mlflow.runtime import use_precision
 from dfu_mlflow.sampling import Sampler
 from dfu_mlflow.subject import Subject, Weights, local_configuration, open_subject, read_pictures, with_settings
 from dfu_mlflow.types import Record
@@ -82,11 +83,9 @@ def test_a_bundle_draws_in_the_precision_that_it_was_evaluated_in(
     drawn = Sampler.load(result.bundle).draw(["I", "R"], [1, 2])
     material = prepare(config, read_source(config))
     run = open_subject(result.folder, config, material)
-    assert run.sampler is not None
-    in_float32 = pictures_of(run)
-    use_precision(run.sampler.pipe.unet, material.device, "bf16")  # as `evaluate` does
     assert np.array_equal(drawn, pictures_of(run))
-    assert not np.array_equal(drawn, in_float32)
+    float32 = replace(material, shared_unet=SharedUNet(material.device, "no"))
+    assert not np.array_equal(drawn, pictures_of(open_subject(result.folder, config, float32)))
 
 
 def test_weights_are_those_asked_for(trained: tuple[RunConfig, TrainingResult], material: Material) -> None:

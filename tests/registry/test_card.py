@@ -10,7 +10,7 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from dfu_mlflow.base.load import PARTS, load_base, part_digest
+from dfu_mlflow.base.load import PARTS, BaseModel
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.sampling import Sampler
 from registry.card import DESCRIPTION_CHARACTERS, GATE, CardFacts, model_card, with_gate
@@ -68,19 +68,22 @@ def test_registered_version_carries_its_card(registered: RegisteredSampler) -> N
     assert file.read_text(encoding="utf-8").startswith(version.description[:1000])
 
 
+@pytest.mark.parametrize("key", ["file_digests", "digests"])
 @pytest.mark.parametrize(
     ("part", "method", "held"), [("vae", "full", True), ("unet", "lora", True), (None, "full", False)]
 )
 def test_a_base_by_reference_is_held_to_its_hash(
-    bundle: Path, tmp_path: Path, part: str | None, method: str, held: bool
+    bundle: Path, tmp_path: Path, part: str | None, method: str, held: bool, key: str
 ) -> None:
     other = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     base = Path(shutil.copytree(bundle / "base", tmp_path / "base"))
     facts = json.loads((other / "sampler.json").read_text())
-    digests = {name: part_digest(getattr(load_base(str(base)), name)) for name in PARTS}
+    model = BaseModel(str(base))
+    digest = model.digest if key == "file_digests" else model.tensor_digest  # of earlier versions
+    digests = {name: digest(name) for name in PARTS}
     if part is not None:
         digests[part] = "0" * 64
-    facts["base"] = {"bundled": False, "source": str(base), "digests": digests}
+    facts["base"] = {"bundled": False, "source": str(base), key: digests}
     facts["adapter"]["method"] = method
     (other / "sampler.json").write_text(json.dumps(facts))
     if not held:

@@ -115,7 +115,7 @@ def source(
     material = prepare(config, read_source(config))
     from safetensors.torch import save_file
 
-    save_file({name: weight.detach() for name, weight in material.pipe.unet.named_parameters()}, folder / "weights")
+    save_file({name: weight.detach() for name, weight in material.base.unet().named_parameters()}, folder / "weights")
     settings = Settings(2.0, 30, resolution_px=64, original_size_px=(64, 64))
     prompts = {label: MINIMAL[label] for label in material.source.split.classes}
     return write_bundle(folder / "bundle", config, BundleSource(folder / "weights", prompts, settings, "live")), config

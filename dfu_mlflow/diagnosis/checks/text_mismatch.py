@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from scipy import stats
 
@@ -20,6 +23,7 @@ DIFFERENT = 0.02
 BETTER = 0.004
 """How much less the fine-tuned network's loss must be under a wrong encoding than under sampling's, relative to it and
 beyond what the base shows."""
+WHO: tuple[Literal["live", "base"], ...] = ("live", "base")
 LEVEL = 0.01
 """Two-sided, of each test: three wrong encodings are tried."""
 
@@ -38,7 +42,8 @@ class TextMismatch(Check):
         evidence: dict[str, Figure] = {}
         material = bench.material
         bench.require("prompts")
-        right = encode_prompts(material.pipe, material.source.prompts, "")
+        with bench.text_encoders() as pipe:
+            right = encode_prompts(pipe, material.source.prompts, "")
         used = self._used(bench, right)
         for name, value in used.items():
             wanted = getattr(right, name)
@@ -76,7 +81,8 @@ class TextMismatch(Check):
         return found
 
     def _explain(self, bench: Bench, name: str, value: torch.Tensor, right: Conditioner) -> str:
-        variants = text_variants(bench.material.pipe, right)
+        with bench.text_encoders() as pipe:
+            variants = text_variants(pipe, right)
         gaps = {variant: float((getattr(variant.told, name) - value).norm() / value.norm()) for variant in variants}
         closest = min(gaps, key=lambda variant: gaps[variant])
         return closest.words if gaps[closest] < DIFFERENT else f"{name} are not what the pipeline encodes"
@@ -88,20 +94,16 @@ class TextMismatch(Check):
             Lacking: where none is understood better. That is no clean bill: a small fine-tune that was trained on
                 another encoding is often not better under it either.
         """
-        device = bench.material.device
-        now, before = bench.losses("live"), bench.losses("base")
         found: list[tuple[float, TextVariant]] = []
-        for variant in text_variants(bench.material.pipe, right):
-            told = variant.told.to(device)
-            plain_now, plain_before = (now, before)
-            if variant.unconditional:
-                empty = nothing(right).to(device)
-                told = nothing(told)
-                plain_now, plain_before = bench.losses("live", empty), bench.losses("base", empty)
-            gain = bench.by_patient(plain_now - bench.losses("live", told))
+        with bench.text_encoders() as pipe:
+            variants = text_variants(pipe, right)
+        seen = {who: _losses(bench, who, right, variants) for who in WHO}
+        for number, variant in enumerate(variants):
+            (plain_now, wrong_now), (plain_before, wrong_before) = seen["live"][number], seen["base"][number]
+            gain = bench.by_patient(plain_now - wrong_now)
             if len(gain) < 2:
                 raise Lacking("whether a wrong encoding is understood better takes two held-out patients")
-            own = bench.by_patient(plain_before - bench.losses("base", told))
+            own = bench.by_patient(plain_before - wrong_before)
             mean, error = float(gain.mean()), float((gain - own).std()) / len(gain) ** 0.5
             beyond = float((gain - own).mean())
             scale = float(plain_now.mean())
@@ -126,3 +128,17 @@ class TextMismatch(Check):
             "train again on what the pipeline's encode_prompt gives.",
             {},
         )
+
+
+def _losses(
+    bench: Bench, who: Literal["live", "base"], right: Conditioner, variants: Sequence[TextVariant]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Losses [M, T] under the right encoding and under each wrong one, of one set of weights at a time."""
+    device = bench.material.device
+    empty = nothing(right).to(device)
+    found = []
+    for variant in variants:
+        told = variant.told.to(device)
+        plain = bench.losses(who, empty) if variant.unconditional else bench.losses(who)
+        found.append((plain, bench.losses(who, nothing(told) if variant.unconditional else told)))
+    return found
