@@ -25,6 +25,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "interrupt",
         "launch",
         "lean_imports",
+        "phase_bars",
+        "phases",
         "ranks",
         "runtime",
         "types",
