@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dfu_mlflow.data.cache import RowCache
+from dfu_mlflow.phases import phase
 from dfu_mlflow.runtime import move
 from dfu_mlflow.types import Conditioning, Pipeline
 
@@ -149,7 +150,12 @@ def _rows(pipe: Pipeline, texts: Sequence[str | None], cache: EmbeddingCache | N
     """[K, L * D + P]: embeddings and pooled side by side, one row a text or `UNCONDITIONAL`."""
 
     def compute(positions: list[int]) -> torch.Tensor:
-        return torch.stack([_encode(pipe, texts[position]) for position in positions])
+        rows = []
+        with phase("encoding prompts", len(positions), "prompts") as progress:
+            for position in positions:
+                rows.append(_encode(pipe, texts[position]))
+                progress.advance()
+        return torch.stack(rows)
 
     if cache is None:
         return compute(list(range(len(texts))))

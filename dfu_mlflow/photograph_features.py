@@ -10,6 +10,7 @@ import torch
 from dfu_mlflow.base.autoencoder import autoencode
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.data import evaluation_pixels
+from dfu_mlflow.data.cache import Work
 from dfu_mlflow.data.views import plan_evaluation_view
 from dfu_mlflow.metrics.matching import FeatureRows
 from dfu_mlflow.preparation import Material
@@ -65,7 +66,9 @@ class PhotographFeatures:
 
         keys = [plan_evaluation_view(record, self.data).key(record) for record in records]
         batch = max(1, min(MAX_BATCH, READ_PIXELS // self.data.resolution_px**2))
-        return self.material.cache.rows(f"{namespace}:mirrored" if mirrored else namespace, keys, compute, batch)
+        what = "photographs behind the autoencoder" if restore else "photographs"
+        work = Work(f"features of {what} by {self.extractor.identity.partition('@')[0]}")
+        return self.material.cache.rows(f"{namespace}:mirrored" if mirrored else namespace, keys, compute, batch, work)
 
     def _restored(self, pixels: torch.Tensor) -> torch.Tensor:
         rows = max(1, RESTORED_PIXELS // self.data.resolution_px**2)

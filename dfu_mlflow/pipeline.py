@@ -28,6 +28,7 @@ from dfu_mlflow.optimizers import build_optimizer
 from dfu_mlflow.panels import build_panels
 from dfu_mlflow.participant import Equipment, Participant, TrainingResult
 from dfu_mlflow.perceptual import build_perceptual
+from dfu_mlflow.phases import phase
 from dfu_mlflow.preparation import Material, prepare, read_source
 from dfu_mlflow.ranks import Ranks, joined
 from dfu_mlflow.resume import check_same_run
@@ -92,6 +93,7 @@ def run_training(
         if not resumed_from:
             held.enter_context(_trained_by_one(folder))
         run = TrainingRun(config, equipment, tracker, ranks, folder, supervisor)
+        held.callback(run.console.close)
         run.describe(digest)
         result = train(run, checkpoint)
         if supervisor is not None:
@@ -152,9 +154,10 @@ def equip(config: RunConfig, material: Material, ranks: Ranks) -> Equipment:
     Raises:
         UserError: for weights or packages that are not at hand, or adapters that fit nowhere.
     """
-    parts = build_parts(config, material, ranks)
-    # Before the first step an adapter adds nothing. The main rank alone measures how far the weights went.
-    origin = Origin(material.pipe.unet, config.adapter) if ranks.main else None
+    with phase("making the network trainable"):
+        parts = build_parts(config, material, ranks)
+        # Before the first step an adapter adds nothing. The main rank alone measures how far the weights went.
+        origin = Origin(material.pipe.unet, config.adapter) if ranks.main else None
     return Equipment(material, build_panels(config, material), parts, origin)
 
 

@@ -33,6 +33,7 @@ from dfu_mlflow.denoising import Guidance, Solver, decode, denoise
 from dfu_mlflow.documents import read_document
 from dfu_mlflow.ema import copy_into
 from dfu_mlflow.errors import UserError
+from dfu_mlflow.phases import Progress
 from dfu_mlflow.runtime import generator, in_slices, pick_device, release_memory, use_precision
 from dfu_mlflow.types import Conditioning, Pipeline
 
@@ -162,6 +163,26 @@ def require_same_base(pipe: Pipeline, base: Mapping[str, Any], adapter: AdapterC
         )
 
 
+class _Moves:
+    """Moves a phase that counts pictures with each solver step: one step of a large network takes seconds."""
+
+    def __init__(self, progress: Progress, steps: int) -> None:
+        self.progress, self.steps, self.start = progress, steps, progress.done
+
+    def in_batch(self, rows: slice, also: Callable[[], None] | None) -> Callable[[], None]:
+        """What to call after each step of a batch; `also` is called before."""
+        made = 0
+
+        def step() -> None:
+            nonlocal made
+            if also is not None:
+                also()
+            made += 1
+            self.progress.reach(self.start + rows.start + (rows.stop - rows.start) * min(1.0, made / self.steps))
+
+        return step
+
+
 class Sampler:
     """A fine-tuned model that draws pictures by class label: what the registry packages and serves.
 
@@ -238,6 +259,7 @@ class Sampler:
         between_batches: Callable[[], None] | None = None,
         between_steps: Callable[[], None] | None = None,
         guidance_scales: Sequence[float] | None = None,
+        progress: Progress | None = None,
     ) -> np.ndarray:
         """Draw one image for each (class id, seed).
 
@@ -247,11 +269,13 @@ class Sampler:
             between_batches: called before each batch; raises to stop.
             between_steps: called after each solver step; raises to stop.
             guidance_scales: one a picture, on the same side of 1 as the settings' own; None takes that.
+            progress: of a phase that counts pictures; each solver step moves it.
 
         Returns:
             uint8 [N, H, W, 3].
         """
         settings = settings or self.settings
+        moves = None if progress is None else _Moves(progress, settings.num_inference_steps)
         scales = torch.tensor(guidance_scales or [settings.guidance_scale] * len(seeds), dtype=torch.float32)
 
         def images_of(rows: slice) -> np.ndarray:
@@ -259,7 +283,8 @@ class Sampler:
                 between_batches()
             ids = list(range(*rows.indices(len(seeds))))
             ids += ids[-1:] * (self.filled_to - len(ids))
-            drawn = _draw_batch(self, class_ids[ids], [seeds[row] for row in ids], settings, scales[ids], between_steps)
+            after_step = between_steps if moves is None else moves.in_batch(rows, between_steps)
+            drawn = _draw_batch(self, class_ids[ids], [seeds[row] for row in ids], settings, scales[ids], after_step)
             return drawn[: rows.stop - rows.start]
 
         if not self.filled_to:

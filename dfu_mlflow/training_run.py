@@ -24,6 +24,7 @@ from dfu_mlflow.diagnosis.watch import Watch
 from dfu_mlflow.evaluator import Baseline, Measurement, Observation, folded
 from dfu_mlflow.history import History
 from dfu_mlflow.participant import Equipment, Look, Participant, TrainingResult
+from dfu_mlflow.phases import phase
 from dfu_mlflow.progress import Console
 from dfu_mlflow.ranks import Ranks
 from dfu_mlflow.report.album import Album
@@ -70,7 +71,7 @@ class TrainingRun(Participant):
         self.history = History(folder / "history.json")
         self.album = Album(folder / "grids", self.material.source.split.classes)
         self.settings_shown: dict[str, str] = {}
-        self.console = Console(config.train.epochs, self.trainer.steps_per_epoch)
+        self.console = Console(config.train.epochs, self.trainer.steps_per_epoch, config.evaluation.every_epochs)
         self.watch = Watch(config, self.trainer.steps_per_epoch, len(self.material.source.split.classes))
         self.diagnosis: Diagnosis | None = None
         self.diagnosed = tracker.tag(BUDGET_TAG)  # a resumed run may have been diagnosed since
@@ -141,8 +142,8 @@ class TrainingRun(Participant):
 
     def evaluate(self, epoch: int, training: dict[str, float]) -> Score | None:
         """An epoch is done (0: none yet): measure it, log it, and say how good it is."""
-        self.console.evaluating(epoch)
-        return super().evaluate(epoch, training)
+        with self.console.evaluating(epoch):
+            return super().evaluate(epoch, training)
 
     def observe(self, epoch: int) -> Observation | None:
         """Look at the weights in the UNet; at the untouched base once for all runs of a supervisor that share it."""
@@ -273,7 +274,8 @@ class TrainingRun(Participant):
         shutil.rmtree(bundle, ignore_errors=True)
         file = store.folder / name / ("ema.safetensors" if shown == "ema" else "weights.safetensors")
         prompts, digests = self.material.source.prompts, self.material.digests
-        write_bundle(bundle, self.config, BundleSource(file, prompts, self.settings, shown, digests))
+        with phase("writing the sampler"):
+            write_bundle(bundle, self.config, BundleSource(file, prompts, self.settings, shown, digests))
         success = self.config.evaluation.success
         series = self.history.series(f"eval/{success.metric}") if success else {}
         verdict = success_verdict(success, series, self.config.train.epochs)

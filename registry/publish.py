@@ -7,6 +7,7 @@ from mlflow.exceptions import MlflowException
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.participant import TrainingResult
+from dfu_mlflow.phases import phase
 from dfu_mlflow.tracking import masked
 from registry.package import RegisteredSampler, register_sampler
 
@@ -26,7 +27,8 @@ def publish(result: TrainingResult, config: RunConfig) -> RegisteredSampler | No
     figures = {name: value for name, value in result.figures.items() if name.startswith(("eval", "val"))}
     tags = {"epoch": str(result.best_epoch), "weights": result.shown, "verdict": result.verdict}
     try:
-        version = register_sampler(result.bundle, config, result.run_id, figures, tags)
+        with phase("packaging and registering the sampler"):
+            version = register_sampler(result.bundle, config, result.run_id, figures, tags)
     except MlflowException as error:
         raise UserError(
             f"not registered, MLflow refuses it: {masked(error)}; the trained sampler is in {result.bundle}"

@@ -24,6 +24,7 @@ from dfu_mlflow.diagnosis.bench import Bench
 from dfu_mlflow.diagnosis.lacking import Lacking
 from dfu_mlflow.diagnosis.prompt_linter import Lint, lint
 from dfu_mlflow.objective import Objective, predict
+from dfu_mlflow.phases import phase
 from dfu_mlflow.types import Conditioning, Estimate
 
 RELIANCE = "prior_reliance"
@@ -155,9 +156,11 @@ def word_pulls(bench: Bench, prompt: str) -> dict[str, float]:
     label = bench.classes[0]
     whole = conditional_pull(bench, _one(bench, label, prompt), images=8)
     lost = {}
-    for at in chosen:
-        rest = " ".join(words[:at] + words[at + 1 :])
-        lost[words[at].strip(",.")] = whole - conditional_pull(bench, _one(bench, label, rest), images=8)
+    with phase("leaving words out", len(chosen), "words") as progress:
+        for at in chosen:
+            rest = " ".join(words[:at] + words[at + 1 :])
+            lost[words[at].strip(",.")] = whole - conditional_pull(bench, _one(bench, label, rest), images=8)
+            progress.advance()
     return dict(sorted(lost.items(), key=lambda item: -item[1]))
 
 

@@ -14,6 +14,7 @@ from mlflow.exceptions import MlflowException
 
 from dfu_mlflow.config.serving import ServeConfig
 from dfu_mlflow.errors import UserError
+from dfu_mlflow.phases import phase
 from dfu_mlflow.runtime import release_memory
 from dfu_mlflow.sampling import BUNDLE, Sampler
 from registry.serving.meters import Meters
@@ -45,14 +46,14 @@ def load_version(name: str, config: ServeConfig) -> Served:
         UserError: for a model that is no sampler of this project.
         MlflowException, OSError: when it cannot be had.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with phase(f"loading {name}"), tempfile.TemporaryDirectory() as folder:
         files = Path(mlflow.artifacts.download_artifacts(f"models:/{name}", dst_path=folder))
         bundles = sorted(files.rglob(BUNDLE))
         if not bundles:
             raise UserError(f"models:/{name} holds no sampler of this project ({BUNDLE})")
         sampler = Sampler.load(bundles[0].parent, config.device)
-    sampler.batch_size = min(sampler.batch_size, config.serve.batch_size)
-    sampler.draw(sampler.classes[:1], [0], num_inference_steps=1)
+        sampler.batch_size = min(sampler.batch_size, config.serve.batch_size)
+        sampler.draw(sampler.classes[:1], [0], num_inference_steps=1)
     return Served(name, sampler)
 
 
