@@ -93,7 +93,6 @@ def run_training(
         if not resumed_from:
             held.enter_context(_trained_by_one(folder))
         run = TrainingRun(config, equipment, tracker, ranks, folder, supervisor)
-        held.callback(run.console.close)
         run.describe(digest)
         result = train(run, checkpoint)
         if supervisor is not None:
@@ -130,10 +129,11 @@ def _trained_by_one(folder: Path) -> AbstractContextManager[None]:
 
 def train(run: Participant, checkpoint: Checkpoint | None) -> TrainingResult:
     """Train as one rank of the run, from a checkpoint or from the base."""
-    if checkpoint is not None:
-        run.trainer.restore(checkpoint)
-    run.show_draws(run.ranks.everyone(run.first_draws(), "the first step"))
-    run.trainer.fit()
+    with run.shown():
+        if checkpoint is not None:
+            run.trainer.restore(checkpoint)
+        run.show_draws(run.ranks.everyone(run.first_draws(), "the first step"))
+        run.trainer.fit()
     run.trainer.engine.release()
     return run.ranks.decided(run.finish, "the end of training", limited=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -119,6 +120,10 @@ class TrainingRun(Participant):
             records = [record for record in self.material.source.split.held_out if record.label == label][:count]
             pixels = evaluation_pixels(records, self.config.data).numpy()
             self.tracker.image(f"photographs/{label}", 0, folded(np.concatenate(list(pixels), axis=1)))
+
+    def shown(self) -> AbstractContextManager[object]:
+        """The bar ends with this block."""
+        return closing(self.console)
 
     def on_step(self, step: int, figures: dict[str, float]) -> None:
         """A step is done: show it, and log every few."""
@@ -282,7 +287,6 @@ class TrainingRun(Participant):
         self.tracker.tags({"best.epoch": str(epoch), "best.weights": shown, "verdict": verdict})
         self.diagnose()  # once more: the last evaluation may have made other weights the best
         self.report(epoch, shown, verdict)
-        self.console.close()
         return TrainingResult(
             self.tracker.run_id, self.folder, bundle, epoch, shown, self.history.figures(epoch), verdict
         )

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from mlflow.exceptions import MlflowException
+from mlflow.utils.logging_utils import disable_logging, enable_logging
 
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.errors import UserError
@@ -10,6 +14,16 @@ from dfu_mlflow.participant import TrainingResult
 from dfu_mlflow.phases import phase
 from dfu_mlflow.tracking import masked
 from registry.package import RegisteredSampler, register_sampler
+
+
+@contextmanager
+def _unsaid() -> Iterator[None]:
+    """MLflow prints that a model is registered; what is said below says more. Errors are raised, not printed."""
+    disable_logging()
+    try:
+        yield
+    finally:
+        enable_logging()
 
 
 def publish(result: TrainingResult, config: RunConfig) -> RegisteredSampler | None:
@@ -27,7 +41,7 @@ def publish(result: TrainingResult, config: RunConfig) -> RegisteredSampler | No
     figures = {name: value for name, value in result.figures.items() if name.startswith(("eval", "val"))}
     tags = {"epoch": str(result.best_epoch), "weights": result.shown, "verdict": result.verdict}
     try:
-        with phase("packaging and registering the sampler"):
+        with phase("packaging and registering the sampler"), _unsaid():
             version = register_sampler(result.bundle, config, result.run_id, figures, tags)
     except MlflowException as error:
         raise UserError(
