@@ -20,11 +20,12 @@ import torch
 
 from benchmarks.machine import machine, said
 from dfu_mlflow.base.load import load_base
+from dfu_mlflow.bundle_format import Settings
 from dfu_mlflow.conditioning import encode_prompts
 from dfu_mlflow.config.prompts import MINIMAL
 from dfu_mlflow.config.schema import SamplingConfig
 from dfu_mlflow.runtime import generator
-from dfu_mlflow.sampling import Sampler, Settings, build_scheduler
+from dfu_mlflow.sampling import Sampler, build_scheduler
 from dfu_mlflow.types import Pipeline
 
 GAIN = 1.2

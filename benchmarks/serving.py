@@ -30,9 +30,10 @@ from safetensors.torch import save_file
 from benchmarks.machine import machine
 from dfu_mlflow.base.load import load_base
 from dfu_mlflow.bundle import BundleSource, write_bundle
+from dfu_mlflow.bundle_format import Settings
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.serving import ServeConfig
-from dfu_mlflow.sampling import Sampler, Settings
+from dfu_mlflow.sampling import Sampler
 from registry.package import register_sampler
 from registry.serving.run import build_server, listen
 

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from dfu_mlflow.base.load import resolve_base
+from dfu_mlflow.bundle_format import BUNDLE, Settings
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.documents import FORMAT, read_document
-from dfu_mlflow.sampling import BUNDLE, Settings
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 
 from dfu_mlflow.base.load import BaseModel
 from dfu_mlflow.data.cache import RowCache
+from dfu_mlflow.phases import phase
 from dfu_mlflow.runtime import move
 from dfu_mlflow.types import Conditioning, Pipeline
 
@@ -153,8 +154,12 @@ def _rows(model: BaseModel | Pipeline, texts: Sequence[str | None], cache: Embed
     """[K, L * D + P]: embeddings and pooled side by side, one row a text or `UNCONDITIONAL`."""
 
     def compute(positions: list[int]) -> torch.Tensor:
-        with _encoding(model) as pipe:
-            return torch.stack([_encode(pipe, texts[position]) for position in positions])
+        rows = []
+        with _encoding(model) as pipe, phase("encoding prompts", len(positions), "prompts") as progress:
+            for position in positions:
+                rows.append(_encode(pipe, texts[position]))
+                progress.advance()
+        return torch.stack(rows)
 
     if cache is None:
         return compute(list(range(len(texts))))

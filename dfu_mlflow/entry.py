@@ -7,6 +7,7 @@ import os
 import select
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -73,7 +74,11 @@ def run(
     # A clinic's network is closed and its runs are private: MLflow reports usage unless told not to.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one bar for each small file otherwise
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # a new store tells of each of its tables
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # phases say that something is fetched
     leave_out_triton()
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # in a pipe, too, lines come when they are printed, and whole
     given = sys.argv[1:] if arguments is None else arguments
     try:
         if {"-h", "--help"} & set(given):

@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from dfu_mlflow.bundle_format import Settings
 from dfu_mlflow.config.measures import EvaluationConfig
 from dfu_mlflow.metrics.extractors.base import Extractor
 from dfu_mlflow.metrics.reference import Reference
 from dfu_mlflow.objective import Objective
+from dfu_mlflow.phases import phase
 from dfu_mlflow.preparation import Material
 from dfu_mlflow.ranks import Ranks
 from dfu_mlflow.runtime import derive_seed
-from dfu_mlflow.sampling import Sampler, Settings
+from dfu_mlflow.sampling import Sampler
 from dfu_mlflow.types import Estimate, EvalReport
 from dfu_mlflow.validation import ValidationGrid, validation_figures, validation_losses
 
@@ -167,10 +169,13 @@ class Evaluator:
         sampler = Sampler(pipe, conditioner, settings or self.settings, batch_size, self.unet_source)
 
         def drawn(rows: slice) -> torch.Tensor:
-            pictures = sampler.generate(class_ids[rows], seeds[rows], between_batches=self.between_batches)
+            pictures = sampler.generate(
+                class_ids[rows], seeds[rows], between_batches=self.between_batches, progress=progress
+            )
             return torch.from_numpy(pictures)
 
-        images = self.ranks.rows(len(seeds), batch_size, drawn, "sampling for evaluation")
+        with phase("sampling for evaluation", -(-len(seeds) // self.ranks.count), "pictures") as progress:
+            images = self.ranks.rows(len(seeds), batch_size, drawn, progress.name)
         return Drawn(images.numpy(), class_ids, torch.tensor(counted))
 
 
@@ -179,7 +184,13 @@ def extract(panels: Sequence[Panel], drawn: Drawn, ranks: Ranks) -> tuple[torch.
     pictures = torch.from_numpy(drawn.images)[drawn.counted]
 
     def features(extractor: Extractor) -> torch.Tensor:
-        return ranks.rows(len(pictures), EXTRACTED_AT_ONCE, lambda rows: extractor(pictures[rows]), extractor.name)
+        def extracted(rows: slice) -> torch.Tensor:
+            found = extractor(pictures[rows])
+            progress.advance(len(found) * ranks.count)
+            return found
+
+        with phase(f"features of pictures by {extractor.name}", len(pictures), "pictures") as progress:
+            return ranks.rows(len(pictures), EXTRACTED_AT_ONCE, extracted, extractor.name)
 
     return tuple(features(panel.extractor) for panel in panels)
 
@@ -193,10 +204,12 @@ def assess(
 ) -> tuple[EvalReport, ...]:
     """Measure pictures by their features, one report a panel; `base` are the untouched base's reports."""
     class_ids = drawn.class_ids[drawn.counted]
-    return tuple(
-        panel.reference.report(features[number], class_ids, base[number] if base else None, shown)
-        for number, panel in enumerate(panels)
-    )
+    reports = []
+    for number, panel in enumerate(panels):
+        with phase(f"figures and intervals by {panel.extractor.name}"):
+            before = base[number] if base else None
+            reports.append(panel.reference.report(features[number], class_ids, before, shown))
+    return tuple(reports)
 
 
 def sample_grids(drawn: Drawn, classes: Sequence[str], count: int) -> dict[str, np.ndarray]:

@@ -153,11 +153,12 @@ class _Sizes:
     def __init__(self, config: RunConfig, source: str) -> None:
         self.config, self.source = config, source
         modules = meta_modules(source)
-        self._vae: Any = modules["vae"]
+        vae: Any = modules["vae"]
+        self._vae = vae
         self.vae = 4.0 * count(modules["vae"])
         self.text = 4.0 * sum(count(modules[name]) for name in TEXT_ENCODERS)
         self.mapped = sum(_file_bytes(source, name, modules[name]) for name in TEXT_ENCODERS)
-        self.edge = math.ceil(config.data.resolution_px / 2 ** (len(self._vae.config.block_out_channels) - 1))
+        self.edge = math.ceil(config.data.resolution_px / 2 ** (len(vae.config.block_out_channels) - 1))
 
     def text_phase(self, host: Mapping[str, float]) -> PhaseMemory:
         """Prompts are encoded on the host; with a warm cache they are not."""

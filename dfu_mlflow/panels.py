@@ -19,6 +19,7 @@ from dfu_mlflow.metrics.extractors.lpips_embedding import lpips_embedding
 from dfu_mlflow.metrics.extractors.pixels import colour_statistics, pixel_values
 from dfu_mlflow.metrics.extractors.vision_transformers import clip, dinov2
 from dfu_mlflow.metrics.reference import RealFeatures, Reference, ReferenceSettings
+from dfu_mlflow.phases import phase
 from dfu_mlflow.photograph_features import PhotographFeatures, feature_rows
 from dfu_mlflow.preparation import Material
 
@@ -104,4 +105,5 @@ def _panel(extractor: Extractor, settings: ReferenceSettings, config: RunConfig,
         reconstructed_held_out=features.reconstructions(split.held_out) if restored else None,
         reconstructed_training=features.reconstructions(split.train) if settings.judge else None,
     )
-    return Panel(extractor, Reference(real, settings))
+    with phase(f"floors by {extractor.name}"):
+        return Panel(extractor, Reference(real, settings))

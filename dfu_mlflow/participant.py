@@ -102,6 +102,10 @@ class Participant:
         accelerator = build_accelerator(self.material.device, config.train.mixed_precision)
         self.trainer = Trainer(self.parts, config, store, hooks, accelerator, ranks)
 
+    def shown(self) -> AbstractContextManager[object]:
+        """What shows the training ends with this block."""
+        return nullcontext()
+
     def on_step(self, step: int, figures: dict[str, float]) -> None:
         """A step is done."""
 

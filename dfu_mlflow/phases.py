@@ -60,6 +60,10 @@ class Progress:
         with self._board.lock:
             self.done += count
 
+    def reach(self, count: float) -> None:
+        """So much is done in all."""
+        self.done = count
+
     def begin_at(self, count: float) -> None:
         """So much was done before the phase began, e.g. by a run that is resumed."""
         self.done = self._first = count
@@ -87,8 +91,8 @@ class Progress:
             whole = "" if self.total is None else f" of {self.total / 1e9:.2f}"
             return f"{self.done / 1e9:.2f}{whole} GB" if self.done or self.total else ""
         if self.total is not None:
-            return f"{self.done:,.0f} of {self.total:,.0f} {self.unit}".rstrip()
-        return f"{self.done:,.0f} {self.unit}".rstrip() if self.done else ""
+            return f"{int(min(self.done, self.total) + 1e-6):,} of {self.total:,.0f} {self.unit}".rstrip()
+        return f"{int(self.done + 1e-6):,} {self.unit}".rstrip() if self.done else ""
 
     def state(self, now_s: float) -> str:
         """Count, words, seconds, time left."""
@@ -119,7 +123,7 @@ class Board:
         self._open: list[Progress] = []
         self._bars: Bars | None = None
         self._busy_since_s = self._idle_since_s = self._spoke_s = float("-inf")
-        self._closed = False
+        self._closed = self._plain = False
 
     @contextmanager
     def phase(self, name: str, total: float | None = None, unit: str = "", keep: bool = False) -> Iterator[Progress]:
@@ -192,10 +196,17 @@ class Board:
             self._closed, self._open = True, []
 
     def _show(self) -> None:
-        if self._on_terminal():
-            self._draw()
-        else:
+        if self._bars is None and self._on_terminal():
+            try:
+                from dfu_mlflow.phase_bars import Bars
+
+                self._bars = Bars(self._stream or sys.stderr)
+            except ImportError:  # a packaged sampler brings what drawing needs, and no bars
+                self._plain = True
+        if self._bars is None:
             self._speak_if_due()
+        else:
+            self._bars.draw(self._open, self.now())
 
     def _speak_if_due(self) -> None:
         now_s = self.now()
@@ -226,16 +237,8 @@ class Board:
         stream.flush()
 
     def _on_terminal(self) -> bool:
-        return self._bars is not None or (
-            (self._stream or sys.stderr).isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb")
-        )
-
-    def _draw(self) -> None:
-        if self._bars is None:
-            from dfu_mlflow.phase_bars import Bars
-
-            self._bars = Bars(self._stream or sys.stderr)
-        self._bars.draw(self._open, self.now())
+        able = not self._plain and os.environ.get("TERM", "dumb") not in ("", "dumb")
+        return able and (self._stream or sys.stderr).isatty()
 
     def _undraw(self, progress: Progress) -> None:
         assert self._bars is not None

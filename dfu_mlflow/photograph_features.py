@@ -10,7 +10,7 @@ import torch
 from dfu_mlflow.base.autoencoder import restore
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.data import encode_evaluation_latents, evaluation_pixels
-from dfu_mlflow.data.cache import Compute
+from dfu_mlflow.data.cache import Compute, Work
 from dfu_mlflow.data.views import plan_evaluation_view
 from dfu_mlflow.metrics.matching import FeatureRows
 from dfu_mlflow.preparation import Material
@@ -55,7 +55,8 @@ class PhotographFeatures:
             pixels = evaluation_pixels([records[position] for position in positions], self.data)
             return self.extractor(pixels.flip(2) if mirrored else pixels)
 
-        return self._cached(records, f"features:{self.extractor.identity}", mirrored, compute)
+        namespace = f"features:{self.extractor.identity}"
+        return self._cached(records, namespace, mirrored, (compute, "photographs"))
 
     def reconstructions(self, records: Sequence[Record], mirrored: bool = False) -> torch.Tensor:
         """float64 [N, D], of the photographs after the autoencoder: their cached latents decoded."""
@@ -65,12 +66,16 @@ class PhotographFeatures:
             return self.extractor(self._restored(chosen, mirrored))
 
         namespace = f"features:{self.extractor.identity}:{self.material.encoder.identity}"
-        return self._cached(records, namespace, mirrored, compute)
+        return self._cached(records, namespace, mirrored, (compute, "photographs behind the autoencoder"))
 
-    def _cached(self, records: Sequence[Record], namespace: str, mirrored: bool, compute: Compute) -> torch.Tensor:
+    def _cached(
+        self, records: Sequence[Record], namespace: str, mirrored: bool, job: tuple[Compute, str]
+    ) -> torch.Tensor:
         keys = [plan_evaluation_view(record, self.data).key(record) for record in records]
         batch = max(1, min(MAX_BATCH, READ_PIXELS // self.data.resolution_px**2))
-        return self.material.cache.rows(f"{namespace}:mirrored" if mirrored else namespace, keys, compute, batch)
+        compute, what = job
+        work = Work(f"features of {what} by {self.extractor.identity.partition('@')[0]}")
+        return self.material.cache.rows(f"{namespace}:mirrored" if mirrored else namespace, keys, compute, batch, work)
 
     def _restored(self, records: Sequence[Record], mirrored: bool) -> torch.Tensor:
         """Pixels of photographs after the autoencoder, uint8 [N, H, W, 3]."""

@@ -30,6 +30,7 @@ from dfu_mlflow.optimizers import build_optimizer
 from dfu_mlflow.panels import build_panels
 from dfu_mlflow.participant import Equipment, Participant, TrainingResult
 from dfu_mlflow.perceptual import build_perceptual
+from dfu_mlflow.phases import phase
 from dfu_mlflow.preparation import Material, prepare, read_source
 from dfu_mlflow.ranks import Ranks, joined
 from dfu_mlflow.resume import check_same_run
@@ -132,10 +133,11 @@ def _trained_by_one(folder: Path) -> AbstractContextManager[None]:
 
 def train(run: Participant, checkpoint: Checkpoint | None) -> TrainingResult:
     """Train as one rank of the run, from a checkpoint or from the base."""
-    if checkpoint is not None:
-        run.trainer.restore(checkpoint)
-    run.show_draws(run.ranks.everyone(run.first_draws(), "the first step"))
-    run.trainer.fit()
+    with run.shown():
+        if checkpoint is not None:
+            run.trainer.restore(checkpoint)
+        run.show_draws(run.ranks.everyone(run.first_draws(), "the first step"))
+        run.trainer.fit()
     run.trainer.engine.release()
     return run.ranks.decided(run.finish, "the end of training", limited=False)
 
@@ -157,9 +159,10 @@ def equip(config: RunConfig, material: Material, ranks: Ranks) -> Equipment:
         UserError: for weights or packages that are not at hand, or adapters that fit nowhere.
     """
     panels = build_panels(config, material)  # before the UNet is loaded: they need the autoencoder alone
-    parts = build_parts(config, material, ranks)
-    # Before the first step an adapter adds nothing. The main rank alone measures how far the weights went.
-    origin = Origin(material.pipe.unet, config.adapter) if ranks.main else None
+    with phase("making the network trainable"):
+        parts = build_parts(config, material, ranks)
+        # Before the first step an adapter adds nothing. The main rank alone measures how far the weights went.
+        origin = Origin(material.pipe.unet, config.adapter) if ranks.main else None
     return Equipment(material, panels, parts, origin)
 
 

@@ -10,12 +10,12 @@ from dfu_mlflow.base.autoencoder import VaeEncoder
 from dfu_mlflow.base.load import PARTS, BaseModel, check_resolution, resolve_base
 from dfu_mlflow.base.shared_unet import SharedUNet
 from dfu_mlflow.base.weight_files import FileDigests
+from dfu_mlflow.bundle_format import Settings
 from dfu_mlflow.conditioning import Conditioner, EmbeddingCache, encode_prompts
 from dfu_mlflow.config.prompts import resolve_prompts
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.data import Audit, RowCache, default_cache_dir, encode_evaluation_latents, encode_latents, load_split
 from dfu_mlflow.runtime import pick_device
-from dfu_mlflow.sampling import Settings
 from dfu_mlflow.types import Latents, Pipeline, Split
 
 

@@ -15,6 +15,7 @@ from PIL import ExifTags, Image
 
 from dfu_mlflow.base.load import BaseModel, with_networks
 from dfu_mlflow.base.shared_unet import FineTune, UNetWeights
+from dfu_mlflow.bundle_format import BUNDLE, Settings, open_bundle
 from dfu_mlflow.checkpoint import STATE, CheckpointStore
 from dfu_mlflow.conditioning import encode_prompts
 from dfu_mlflow.config.schema import DataConfig, RunConfig
@@ -23,7 +24,7 @@ from dfu_mlflow.data.images import load_rgb
 from dfu_mlflow.documents import read_document
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.preparation import Material, embedding_cache, sampling_settings
-from dfu_mlflow.sampling import BUNDLE, Sampler, Settings, open_bundle
+from dfu_mlflow.sampling import Sampler
 from dfu_mlflow.types import Record
 
 Weights = Literal["best", "live", "ema"]

@@ -27,6 +27,7 @@ from dfu_mlflow.errors import Interrupted, UserError
 from dfu_mlflow.fused import BackwardOptimizer
 from dfu_mlflow.objective import LossTerms, Objective
 from dfu_mlflow.perceptual import GRADIENT_NORMS, gradient_norms, with_gradient_share
+from dfu_mlflow.phases import phase
 from dfu_mlflow.ranks import Ranks
 from dfu_mlflow.runtime import derive_seed
 from dfu_mlflow.schedules import lr_factor
@@ -317,21 +318,22 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of everything that decides what comes next."""
-        self.hooks.before_checkpoint()
-        ema, main = self.parts.ema, self.ranks.main
-        optimizer = self.engine.state(wanted=main)
-        weights = self.engine.joined(self.parts.weights, wanted=main)
-        average = {} if ema is None else self.engine.joined(ema.average, wanted=main)
-        if main:
-            state = {
-                **vars(self.progress),
-                "ema_updates": 0 if ema is None else ema.updates,
-                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
-                "config": self.config.model_dump(mode="json"),
-                **self.hooks.facts,
-            }
-            self.store.save(Checkpoint(weights, average, optimizer, state))
-        self.ranks.meet("the checkpoint", limited=False)  # a slow disk is no rank that hangs
+        with phase("writing a checkpoint"):
+            self.hooks.before_checkpoint()
+            ema, main = self.parts.ema, self.ranks.main
+            optimizer = self.engine.state(wanted=main)
+            weights = self.engine.joined(self.parts.weights, wanted=main)
+            average = {} if ema is None else self.engine.joined(ema.average, wanted=main)
+            if main:
+                state = {
+                    **vars(self.progress),
+                    "ema_updates": 0 if ema is None else ema.updates,
+                    "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+                    "config": self.config.model_dump(mode="json"),
+                    **self.hooks.facts,
+                }
+                self.store.save(Checkpoint(weights, average, optimizer, state))
+            self.ranks.meet("the checkpoint", limited=False)  # a slow disk is no rank that hangs
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue as if never interrupted."""

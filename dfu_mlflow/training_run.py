@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from dfu_mlflow.diagnosis.watch import Watch
 from dfu_mlflow.evaluator import Baseline, Measurement, Observation, folded
 from dfu_mlflow.history import History
 from dfu_mlflow.participant import Equipment, Look, Participant, TrainingResult
+from dfu_mlflow.phases import phase
 from dfu_mlflow.progress import Console
 from dfu_mlflow.ranks import Ranks
 from dfu_mlflow.report.album import Album
@@ -70,7 +72,7 @@ class TrainingRun(Participant):
         self.history = History(folder / "history.json")
         self.album = Album(folder / "grids", self.material.source.split.classes)
         self.settings_shown: dict[str, str] = {}
-        self.console = Console(config.train.epochs, self.trainer.steps_per_epoch)
+        self.console = Console(config.train.epochs, self.trainer.steps_per_epoch, config.evaluation.every_epochs)
         self.watch = Watch(config, self.trainer.steps_per_epoch, len(self.material.source.split.classes))
         self.diagnosis: Diagnosis | None = None
         self.diagnosed = tracker.tag(BUDGET_TAG)  # a resumed run may have been diagnosed since
@@ -119,6 +121,10 @@ class TrainingRun(Participant):
             pixels = evaluation_pixels(records, self.config.data).numpy()
             self.tracker.image(f"photographs/{label}", 0, folded(np.concatenate(list(pixels), axis=1)))
 
+    def shown(self) -> AbstractContextManager[object]:
+        """The bar ends with this block."""
+        return closing(self.console)
+
     def on_step(self, step: int, figures: dict[str, float]) -> None:
         """A step is done: show it, and log every few."""
         self.console.step(step, figures)
@@ -141,8 +147,8 @@ class TrainingRun(Participant):
 
     def evaluate(self, epoch: int, training: dict[str, float]) -> Score | None:
         """An epoch is done (0: none yet): measure it, log it, and say how good it is."""
-        self.console.evaluating(epoch)
-        return super().evaluate(epoch, training)
+        with self.console.evaluating(epoch):
+            return super().evaluate(epoch, training)
 
     def observe(self, epoch: int) -> Observation | None:
         """Look at the weights in the UNet; at the untouched base once for all runs of a supervisor that share it."""
@@ -273,14 +279,14 @@ class TrainingRun(Participant):
         shutil.rmtree(bundle, ignore_errors=True)
         file = store.folder / name / ("ema.safetensors" if shown == "ema" else "weights.safetensors")
         prompts, digests = self.material.source.prompts, self.material.digests
-        write_bundle(bundle, self.config, BundleSource(file, prompts, self.settings, shown, digests))
+        with phase("writing the sampler"):
+            write_bundle(bundle, self.config, BundleSource(file, prompts, self.settings, shown, digests))
         success = self.config.evaluation.success
         series = self.history.series_of(success.metric, shown) if success else {}
         verdict = success_verdict(success, series, self.config.train.epochs)
         self.tracker.tags({"best.epoch": str(epoch), "best.weights": shown, "verdict": verdict})
         self.diagnose()  # once more: the last evaluation may have made other weights the best
         self.report(epoch, shown, verdict)
-        self.console.close()
         return TrainingResult(
             self.tracker.run_id, self.folder, bundle, epoch, shown, self.history.figures(epoch), verdict
         )

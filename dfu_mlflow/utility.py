@@ -13,6 +13,7 @@ from dfu_mlflow.data import evaluation_pixels
 from dfu_mlflow.metrics.utility.arms import Pictures
 from dfu_mlflow.metrics.utility.experiment import measure_utility
 from dfu_mlflow.metrics.utility.report import UtilityReport
+from dfu_mlflow.phases import phase
 from dfu_mlflow.preparation import Material
 from dfu_mlflow.runtime import derive_seed
 from dfu_mlflow.sampling import Sampler
@@ -55,7 +56,8 @@ def _draw(sampler: Sampler, wanted: dict[str, int], seed: int, between_batches: 
     numbers = [number for count in wanted.values() for number in range(count)]
     seeds = [derive_seed(seed, "utility", int(c), number) for c, number in zip(ids, numbers, strict=True)]
     class_ids = torch.from_numpy(ids)
-    images = sampler.generate(class_ids, seeds, between_batches=between_batches)
+    with phase("sampling for the classifiers", len(seeds), "pictures") as progress:
+        images = sampler.generate(class_ids, seeds, between_batches=between_batches, progress=progress)
     return Pictures(torch.from_numpy(images), class_ids)
 
 

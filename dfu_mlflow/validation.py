@@ -9,6 +9,7 @@ from torch import nn
 
 from dfu_mlflow.conditioning import Conditioner
 from dfu_mlflow.objective import TIMESTEPS, Objective
+from dfu_mlflow.phases import phase
 from dfu_mlflow.ranks import Ranks
 from dfu_mlflow.runtime import generator, in_slices
 from dfu_mlflow.types import Latents
@@ -88,11 +89,14 @@ def validation_losses(
             latents = grid.latents[part].to(device)
             steps = grid.timesteps[columns].to(device).expand(len(latents))
             piece = type(told)(told.embeddings[part], told.pooled[part], told.time_ids[part])
-            return objective.unweighted(unet, latents, noise[part].to(device), steps, piece).double().cpu()
+            losses = objective.unweighted(unet, latents, noise[part].to(device), steps, piece).double().cpu()
+            progress.advance(len(losses) * ranks.count)
+            return losses
 
         return torch.cat(in_slices(len(noise), rows_at_once(noise.shape[-1]), losses_of))[None]
 
-    return ranks.rows(len(grid.timesteps), 1, losses_at, "the validation loss").T.contiguous()
+    with phase("validation loss", len(grid.timesteps) * len(grid.latents), "passes") as progress:
+        return ranks.rows(len(grid.timesteps), 1, losses_at, "the validation loss").T.contiguous()
 
 
 def validation_figures(losses: torch.Tensor, base: torch.Tensor | None, timesteps: torch.Tensor) -> dict[str, float]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig, load
 from dfu_mlflow.errors import UserError
+from dfu_mlflow.phases import phase
 
 OPTIONS = {
     **dict.fromkeys(("run", "checkpoint", "images", "embeddings", "curves"), ""),
@@ -26,9 +27,10 @@ def main(arguments: Sequence[str]) -> int:
     if unused := _given(shared):
         raise UserError(f"{unused[0]} goes with --runs, for several runs to compare")
     options, flags = entry.split(rest, OPTIONS)
-    from dfu_mlflow.diagnosis.report import print_diagnosis
-    from registry.diagnose import run_diagnosis
-    from registry.told import DiagnoseOptions
+    with phase("loading the libraries"):
+        from dfu_mlflow.diagnosis.report import print_diagnosis
+        from registry.diagnose import run_diagnosis
+        from registry.told import DiagnoseOptions
 
     config = options.pop("config")
     diagnosis, written = run_diagnosis(load(DiagnoseOptions, None, _given(options)), config or None, flags)
@@ -39,8 +41,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def compare(flags: Sequence[str]) -> int:
     """Say what failing runs share and where it was written; 0 whatever it is."""
-    from dfu_mlflow.diagnosis.shared_report import print_comparison
-    from registry.compare_runs import CompareOptions, compare_runs
+    with phase("loading the libraries"):
+        from dfu_mlflow.diagnosis.shared_report import print_comparison
+        from registry.compare_runs import CompareOptions, compare_runs
 
     one, rest = entry.split(flags, {"run": ""})  # `mlflow run` passes it empty
     if one["run"]:

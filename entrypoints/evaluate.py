@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig, load
+from dfu_mlflow.phases import phase
 
 OPTIONS = {"config": "", "source": "models:/dfu-sampler@challenger", "weights": "best", "fetch-weights": ""}
 SHOWN = {"output_dir": "outputs/evaluate"}
@@ -17,7 +18,8 @@ SHOWN = {"output_dir": "outputs/evaluate"}
 def main(arguments: Sequence[str]) -> int:
     """Evaluate, or with `--fetch-weights [FOLDER]` list and fetch the weights that metrics can use; 0 when done."""
     options, flags = entry.split(arguments, OPTIONS)
-    from registry.evaluate import EvaluateOptions, evaluate, fetch
+    with phase("loading the libraries"):
+        from registry.evaluate import EvaluateOptions, evaluate, fetch
 
     if wanted := options["fetch-weights"]:
         folder = None if wanted == "true" else Path(wanted)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig, load
+from dfu_mlflow.phases import phase
 
 OPTIONS = {"config": "", "model": "models:/dfu-sampler@challenger", "rollback": "false"}
 SHOWN = {"output_dir": "outputs/promote"}
@@ -19,7 +20,8 @@ SHOWN = {"output_dir": "outputs/promote"}
 def main(arguments: Sequence[str]) -> int:
     """Promote, or with `--rollback true` go back to the champion before; 0, or 3 for a refusal."""
     options, flags = entry.split(arguments, OPTIONS)
-    from registry.promote import REFUSED_CODE, PromoteOptions, promote
+    with phase("loading the libraries"):
+        from registry.promote import REFUSED_CODE, PromoteOptions, promote
 
     chosen = load(PromoteOptions, None, ["--model", options["model"], "--rollback", options["rollback"]])
     outcome = promote(chosen, options["config"] or None, flags)

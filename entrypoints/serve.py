@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dfu_mlflow import entry
 from dfu_mlflow.config import load
 from dfu_mlflow.config.serving import ServeConfig
+from dfu_mlflow.phases import phase
 
 OPTIONS = {"config": ""}
 
@@ -16,7 +17,8 @@ def main(arguments: Sequence[str]) -> int:
     """Serve until told to end; 0 then."""
     options, flags = entry.split(arguments, OPTIONS)
     config = load(ServeConfig, options["config"] or None, flags)
-    from registry.serving.run import serve
+    with phase("loading the libraries"):
+        from registry.serving.run import serve
 
     serve(config)
     return 0

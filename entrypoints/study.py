@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig
+from dfu_mlflow.phases import phase
 
 OPTIONS = {"plan": "seed_claims", "config": "tiny"}
 SHOWN = {"output_dir": "outputs/study/PLAN"}
@@ -16,7 +17,8 @@ SHOWN = {"output_dir": "outputs/study/PLAN"}
 def main(arguments: Sequence[str]) -> int:
     """Work on the study and print what it says; 0 when done."""
     options, flags = entry.split(arguments, OPTIONS)
-    from tuning.ablation.study import study
+    with phase("loading the libraries"):
+        from tuning.ablation.study import study
 
     print("\n".join(study(options["plan"], options["config"], flags)))
     return 0

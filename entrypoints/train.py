@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig, load
 from dfu_mlflow.launch import NONE, launch_options, run_launcher
+from dfu_mlflow.phases import phase
 
 OPTIONS = {"config": "tiny", "dry-run": "false", "launch": NONE, "processes": ""}
 
@@ -26,10 +27,11 @@ def main(arguments: Sequence[str]) -> int:
     if launcher is not None:
         command = [*launcher, "-m", "entrypoints.train", "--config", options["config"], *flags]
         return run_launcher(command, config.device, config.runtime.timeout_s)
-    from dfu_mlflow.pipeline import run_training
-    from dfu_mlflow.runtime import release_memory
-    from registry.promote import promote_run
-    from registry.publish import publish, try_registered
+    with phase("loading the libraries"):
+        from dfu_mlflow.pipeline import run_training
+        from dfu_mlflow.runtime import release_memory
+        from registry.promote import promote_run
+        from registry.publish import publish, try_registered
 
     registered = []
     result = run_training(config, publish=lambda result: registered.append(publish(result, config)))

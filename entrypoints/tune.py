@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig, load
+from dfu_mlflow.phases import phase
 
 OPTIONS = {"config": "tiny"}
 
@@ -16,7 +17,8 @@ def main(arguments: Sequence[str]) -> int:
     options, flags = entry.split(arguments, OPTIONS)
     load(RunConfig, options["config"], flags)
     # Loaded after the configuration is known to be right: torch and diffusers take seconds.
-    from tuning.tune import tune
+    with phase("loading the libraries"):
+        from tuning.tune import tune
 
     print("\n".join(tune(options["config"], flags)))
     return 0

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from dfu_mlflow.base.adapters import ADAPTER, lora_config
 from dfu_mlflow.base.load import resolve_base
+from dfu_mlflow.bundle_format import BUNDLE
 from dfu_mlflow.config.schema import AdapterConfig
-from dfu_mlflow.sampling import BUNDLE
 
 
 def log_adapter(bundle: Path, run_id: str, requirements: list[str]) -> str | None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import mlflow
 
+from dfu_mlflow.phases import phase
+
 CHILD = Path(__file__).with_name("first_pictures_child.py")
 SQLITE = "sqlite:///"
 TAIL_CHARACTERS = 400
@@ -44,7 +46,7 @@ def try_version(uri: str, timeout_s: float, classes: int | None = None) -> Clean
     The process starts in an empty folder, without this checkout on its path: code and weights are the model's own.
     """
     start_s = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, phase("trying the version in a process of its own"):
         try:
             done = subprocess.run(
                 [sys.executable, "-P", str(CHILD), uri, str(STEPS), str(classes or 0)],

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from dfu_mlflow.bundle_format import BUNDLE
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import Tree, merge, parse_flags, read_tree, validate
 from dfu_mlflow.config.section import Section
@@ -14,7 +15,6 @@ from dfu_mlflow.evaluation_run import EvaluationResult, Origin, run_evaluation
 from dfu_mlflow.metrics.extractors.catalogue import every_weights, fetch_weights, weights_lines
 from dfu_mlflow.metrics.extractors.files import Unavailable
 from dfu_mlflow.preparation import Material
-from dfu_mlflow.sampling import BUNDLE
 from dfu_mlflow.subject import Subject, open_subject, with_settings
 from registry.source import Located, locate
 

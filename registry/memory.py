@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
+from dfu_mlflow.bundle_format import BUNDLE
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import validate
 from dfu_mlflow.documents import read_document
 from dfu_mlflow.memory_limits import require_memory
 from dfu_mlflow.memory_phases import sampling_memory
-from dfu_mlflow.sampling import BUNDLE
 
 
 def require_room(bundle: Path, device: torch.device) -> None:

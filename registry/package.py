@@ -18,8 +18,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
+from dfu_mlflow.bundle_format import BUNDLE
 from dfu_mlflow.config import RunConfig
-from dfu_mlflow.sampling import BUNDLE
 from registry.adapter import log_adapter
 from registry.card import DESCRIPTION_CHARACTERS, CardFacts, model_card
 from registry.source import SAMPLER, data_digest

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dfu_mlflow.sampling import Settings
+from dfu_mlflow.bundle_format import Settings
 
 SYNTHETIC = "synthetic picture of a generative model, no photograph; not for diagnosis"
 

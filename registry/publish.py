@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.utils.logging_utils import disable_logging, enable_logging
 
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.history import figures_of_weights
 from dfu_mlflow.participant import TrainingResult
+from dfu_mlflow.phases import phase
 from dfu_mlflow.tracking import masked
 from registry.aliases import write_tags
 from registry.card import DESCRIPTION_CHARACTERS
@@ -19,6 +23,16 @@ from registry.package import RegisteredSampler, register_sampler
 
 SMOKE_TEST_TAG = "smoke_test"
 """Tag of a version: `passed: …` or `failed: …`, how drawing with it went right after it was registered."""
+
+
+@contextmanager
+def _unsaid() -> Iterator[None]:
+    """MLflow prints that a model is registered; what is said below says more. Errors are raised, not printed."""
+    disable_logging()
+    try:
+        yield
+    finally:
+        enable_logging()
 
 
 def publish(result: TrainingResult, config: RunConfig) -> RegisteredSampler | None:
@@ -32,7 +46,8 @@ def publish(result: TrainingResult, config: RunConfig) -> RegisteredSampler | No
         return None
     tags = {"epoch": str(result.best_epoch), "weights": result.shown, "verdict": result.verdict}
     try:
-        version = register_sampler(result.bundle, config, result.run_id, own, tags)
+        with phase("packaging and registering the sampler"), _unsaid():
+            version = register_sampler(result.bundle, config, result.run_id, own, tags)
     except MlflowException as error:
         raise UserError(
             f"not registered, MLflow refuses it: {masked(error)}; the trained sampler is in {result.bundle}"

@@ -11,15 +11,16 @@ from typing import Annotated, Any, Self
 import numpy as np
 from mlflow.exceptions import MlflowException
 from pydantic import Field, model_validator
-from tqdm import tqdm
 
+from dfu_mlflow.bundle_format import Settings
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
 from dfu_mlflow.config.section import Positive, Section
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.interrupt import StopRequest
+from dfu_mlflow.phases import Progress, phase
 from dfu_mlflow.runtime import derive_seed, pick_devices, require_compiler
-from dfu_mlflow.sampling import Sampler, Settings
+from dfu_mlflow.sampling import Sampler
 from registry.memory import require_room
 from registry.picture import picture_facts, png
 from registry.picture_checks import COLOUR, COPY, Photographs, PictureChecks, Verdict
@@ -121,9 +122,10 @@ def sample(config: SampleConfig) -> Sampled:
     filters = [name for name, on in ((COPY, config.sample.filter_copies), (COLOUR, config.sample.filter_colour)) if on]
     with StopRequest() as stop, SampleFolder(config.output_dir, settings) as folder:
         filling = Filling(pool, PictureChecks(photographs, filters), folder, settings)
-        with tqdm(total=sum(counts.values()), unit="image") as bar:
+        with phase("sampling", sum(counts.values()), "pictures", keep=True) as progress:
             for label, count in counts.items():
-                filling.fill(label, count, stop, bar)
+                progress.detail(label)
+                filling.fill(label, count, stop, progress)
     return Sampled(config.output_dir / MANIFEST, (*notes, *filling.sentences(counts)), filling.complete(counts))
 
 
@@ -143,19 +145,19 @@ class Filling:
         self.decided: dict[tuple[str, int], bool] = {}
         self.reused = 0
 
-    def fill(self, label: str, count: int, stop: StopRequest, bar: Any) -> None:
+    def fill(self, label: str, count: int, stop: StopRequest, progress: Progress) -> None:
         """Draw until `count` pictures of a class are kept, or too many were drawn for it."""
         for batches in self._rounds(label, count):
             there = list(takewhile(lambda numbers: self._is_known(label, numbers), batches))
             for numbers in there:
-                self._decide(label, {number: self.known[label, number] for number in numbers}, bar)
+                self._decide(label, {number: self.known[label, number] for number in numbers}, progress)
                 self.reused += len(numbers)
             missing = batches[len(there) :]
             if missing and self.known:  # the first batch that is not whole ends what can be used of an earlier attempt
                 self.folder.forget(self.decided)
                 self.known = {}
             for numbers, images in zip(missing, self._draw(label, missing, stop), strict=True):
-                self._decide(label, self._keep(label, numbers, images), bar)
+                self._decide(label, self._keep(label, numbers, images), progress)
 
     def kept(self, label: str) -> int:
         """Pictures of a class so far."""
@@ -190,9 +192,9 @@ class Filling:
     def _is_known(self, label: str, numbers: range) -> bool:
         return all((label, number) in self.known for number in numbers)
 
-    def _decide(self, label: str, kept: Mapping[int, bool], bar: Any) -> None:
+    def _decide(self, label: str, kept: Mapping[int, bool], progress: Progress) -> None:
         self.decided |= {(label, number): keep for number, keep in kept.items()}
-        bar.update(sum(kept.values()))
+        progress.advance(sum(kept.values()))
 
     def _draw(self, label: str, batches: Sequence[range], stop: StopRequest) -> Iterator[np.ndarray]:
         def asked() -> Iterator[Batch]:

@@ -18,8 +18,9 @@ import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
+from dfu_mlflow.bundle_format import Settings
 from dfu_mlflow.errors import UserError
-from dfu_mlflow.sampling import Sampler, Settings
+from dfu_mlflow.sampling import Sampler
 from registry.picture import picture_facts, png
 
 MAX_ROWS = 64

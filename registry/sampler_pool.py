@@ -12,7 +12,8 @@ from typing import Self
 import numpy as np
 import torch
 
-from dfu_mlflow.sampling import Sampler, Settings
+from dfu_mlflow.bundle_format import Settings
+from dfu_mlflow.sampling import Sampler
 
 Batch = tuple[Sequence[str], Sequence[int]]
 """Labels and seeds."""

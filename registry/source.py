@@ -6,6 +6,8 @@ import atexit
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,8 +19,8 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.utils.uri import is_local_uri
 
+from dfu_mlflow.bundle_format import BUNDLE
 from dfu_mlflow.errors import UserError
-from dfu_mlflow.sampling import BUNDLE
 from dfu_mlflow.subject import local_configuration, local_data_digest, no_such_source
 
 RUN_ID = re.compile(r"(?:runs:/)?([0-9a-f]{32})")
@@ -125,6 +127,19 @@ def _model(model_id: str, version: str | None) -> Located:
     run_id = str(model.source_run_id)
     folder, own = bundles[0].parent, run_configuration(run_id)
     return Located(folder, own, run_id, model_id, version, data_digest(run_id))
+
+
+@contextmanager
+def version_files(version: str) -> Iterator[Path]:
+    """Files of `NAME/VERSION`: a local store's as they lie there, a server's copied, until the block is left."""
+    client = MlflowClient()
+    name, _, number = version.rpartition("/")
+    place = str(client.get_model_version(name, number).source)
+    if place.startswith("models:/m-"):
+        place = str(client.get_logged_model(place.removeprefix("models:/")).artifact_location)
+    with tempfile.TemporaryDirectory() as folder:
+        kept = None if is_local_uri(place) else folder
+        yield Path(mlflow.artifacts.download_artifacts(f"models:/{version}", dst_path=kept))
 
 
 @cache

@@ -12,6 +12,7 @@ import optuna
 import torch
 from mlflow import MlflowClient
 
+from dfu_mlflow.bundle_format import Settings
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.evaluator import Evaluator, Panel, assess, extract, flatten_reports
@@ -20,7 +21,7 @@ from dfu_mlflow.objective import Objective as TrainingLoss
 from dfu_mlflow.panels import build_panels
 from dfu_mlflow.preparation import Material, prepare, read_source
 from dfu_mlflow.ranks import Ranks
-from dfu_mlflow.sampling import Sampler, Settings
+from dfu_mlflow.sampling import Sampler
 from dfu_mlflow.sightings import check_subject
 from dfu_mlflow.subject import open_subject
 from registry.source import locate

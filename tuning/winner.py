@@ -10,8 +10,8 @@ from mlflow import MlflowClient
 from optuna.trial import FrozenTrial
 
 from dfu_mlflow.bundle import copy_bundle
+from dfu_mlflow.bundle_format import BUNDLE, read_settings
 from dfu_mlflow.config import RunConfig
-from dfu_mlflow.sampling import BUNDLE, read_settings
 from registry.package import register_sampler
 from registry.source import locate
 from tuning.nested_runs import NUMBER_TAG, RUN_ATTRIBUTE, STUDY_TAG

@@ -8,14 +8,25 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from dfu_mlflow.config.schema import DataConfig
 from dfu_mlflow.data.packs import SUFFIX, make_private_folder, read_index, read_rows, write_pack
+from dfu_mlflow.phases import Progress, phase
 
 Compute = Callable[[list[int]], torch.Tensor]
 
+
+class Work(NamedTuple):
+    """What computing rows is called while it goes on, and what a row is of."""
+
+    name: str
+    unit: str = "pictures"
+
+
+CACHING = Work("caching rows", "rows")
 PACK_BYTES = 64 * 2**20
 PACK_SECONDS = 60.0
 """A pack is closed at this size or age, whichever comes first: a killed process loses at most that much work."""
@@ -51,7 +62,12 @@ class RowCache:
         make_private_folder(folder)
 
     def rows(
-        self, namespace: str, keys: Sequence[str], compute: Compute, batch_size: int | None = None
+        self,
+        namespace: str,
+        keys: Sequence[str],
+        compute: Compute,
+        batch_size: int | None = None,
+        work: Work = CACHING,
     ) -> torch.Tensor:
         """Look rows up, computing those that are missing.
 
@@ -60,6 +76,7 @@ class RowCache:
             keys: one a row; repeated keys are computed once.
             compute: takes positions in `keys` and returns their rows, [n, ...].
             batch_size: positions handed to `compute` at once; None takes the instance's.
+            work: what computing them is called.
 
         Returns:
             [N, ...] on the CPU, in the order of the keys; an empty tensor [0] for no keys.
@@ -71,10 +88,15 @@ class RowCache:
         if not keys:
             self.last_hits = self.last_misses = 0
             return torch.empty(0)
-        return self.stored(namespace, keys, compute, batch_size)[:]
+        return self.stored(namespace, keys, compute, batch_size, work)[:]
 
     def stored(
-        self, namespace: str, keys: Sequence[str], compute: Compute, batch_size: int | None = None
+        self,
+        namespace: str,
+        keys: Sequence[str],
+        compute: Compute,
+        batch_size: int | None = None,
+        work: Work = CACHING,
     ) -> StoredRows:
         """As `rows`, for at least one key, but the rows stay in their files until they are asked for."""
         folder = self._open(namespace)
@@ -82,7 +104,9 @@ class RowCache:
         self._read(folder, table)
         missing = table.missing()
         self._count(len(table.positions) - len(missing), len(missing))
-        self._fill(folder, table, missing, (compute, batch_size or self.batch_size))
+        if missing:
+            with phase(work.name, len(missing), work.unit) as progress:
+                self._fill(folder, table, missing, (compute, batch_size or self.batch_size, progress))
         return StoredRows(table.rows())
 
     def _count(self, hits: int, misses: int) -> None:
@@ -109,9 +133,9 @@ class RowCache:
                 table.put(key, row)
 
     @staticmethod
-    def _fill(folder: Path, table: _Table, missing: list[int], work: tuple[Compute, int]) -> None:
+    def _fill(folder: Path, table: _Table, missing: list[int], work: tuple[Compute, int, Progress]) -> None:
         """Compute rows in batches and store them pack by pack, also when `compute` or the user breaks off."""
-        compute, batch_size = work
+        compute, batch_size, progress = work
         unsaved: list[torch.Tensor] = []
         saved, opened = 0, time.monotonic()
 
@@ -133,6 +157,7 @@ class RowCache:
                     raise ValueError(f"asked for {len(batch)} rows, computed {len(rows)}")
                 table.require_shape(rows.shape[1:])
                 unsaved.append(rows)
+                progress.advance(len(rows))
                 if sum(part.nbytes for part in unsaved) >= PACK_BYTES or time.monotonic() - opened > PACK_SECONDS:
                     store()
         finally:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dfu_mlflow.config.schema import DataConfig
-from dfu_mlflow.data.cache import RowCache
+from dfu_mlflow.data.cache import RowCache, Work
 from dfu_mlflow.data.images import Pixels, load_rgb
 from dfu_mlflow.data.views import Plan, plan_evaluation_view, plan_view, render
 from dfu_mlflow.errors import UserError
@@ -22,6 +22,8 @@ from dfu_mlflow.types import Latents, Record
 MAX_BATCH = 64
 BATCH_PIXELS = 4 * 2**20
 """Pixels handed to the encoder at once: 64 pictures of 64 px, 16 of 512 px, 4 of 1,024 px."""
+
+HELD_OUT = Work("caching latents of whole photographs")
 
 Job = tuple[Record, Plan]
 
@@ -49,7 +51,7 @@ def encode_latents(
     """
     views = range(config.views_per_image)
     jobs = [(record, plan_view(record, config, seed, index)) for record in records for index in views]
-    return _encode(jobs, config, cache, encoder)
+    return _encode(jobs, config, cache, encoder, work=Work("caching latents", "views"))
 
 
 def encode_evaluation_latents(
@@ -95,6 +97,7 @@ def _encode(
     cache: RowCache,
     encoder: LatentEncoder,
     classes: tuple[str, ...] | None = None,
+    work: Work = HELD_OUT,
 ) -> Latents:
     if not jobs:
         raise UserError("there are no pictures to encode: look at --data.root and --data.classes")
@@ -112,7 +115,7 @@ def _encode(
     size = encoded_at_once(config.resolution_px)
     keys = [plan.key(record) for record, plan in jobs]
     return Latents(
-        moments=cache.stored(f"latents:{encoder.identity}", keys, compute, size),
+        moments=cache.stored(f"latents:{encoder.identity}", keys, compute, size, work),
         class_ids=torch.tensor([classes.index(record.label) for record, _ in jobs], dtype=torch.int64),
         time_ids=torch.tensor([_time_ids(plan) for _, plan in jobs], dtype=torch.float32),
         names=tuple(record.name for record, _ in jobs),

@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 
 from dfu_mlflow.data.audit import Problem
-from dfu_mlflow.data.cache import RowCache
+from dfu_mlflow.data.cache import RowCache, Work
 from dfu_mlflow.data.images import decode_rgb
 from dfu_mlflow.errors import UserError
+from dfu_mlflow.phases import phase
 from dfu_mlflow.runtime import file_digest
 
 HASH_SIDE = 16
@@ -85,7 +86,7 @@ def inspect_files(
     photographs of a megapixel) from then on. Problems are looked at anew: their sentences name the file.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = dict(zip(paths, pool.map(_digest, paths), strict=True))
+        digests = _digests(paths, pool)
         readable = [path for path in paths if digests[path]]
 
         def compute(positions: list[int]) -> torch.Tensor:
@@ -93,7 +94,8 @@ def inspect_files(
             return torch.from_numpy(np.stack([_to_row(item) for item in looked]))
 
         keys = [f"{digests[path]}:{min_side_px}" for path in readable]
-        rows = cache.rows(f"inspections-{VERSION}-pillow-{PIL.__version__}", keys, compute, FILES_AT_ONCE)
+        kind = f"inspections-{VERSION}-pillow-{PIL.__version__}"
+        rows = cache.rows(kind, keys, compute, FILES_AT_ONCE, Work("looking into the photographs", "files"))
     known = dict(zip(readable, rows.numpy(), strict=True))
     good: dict[Path, Inspection] = {}
     problems: list[Problem] = []
@@ -105,6 +107,15 @@ def inspect_files(
         else:
             problems.append(found)
     return good, problems
+
+
+def _digests(paths: Sequence[Path], pool: ThreadPoolExecutor) -> dict[Path, str]:
+    found: dict[Path, str] = {}
+    with phase("reading the photographs", len(paths), "files") as progress:
+        for path, digest in zip(paths, pool.map(_digest, paths), strict=True):
+            found[path] = digest
+            progress.advance()
+    return found
 
 
 def _digest(path: Path) -> str:

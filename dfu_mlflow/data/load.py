@@ -17,6 +17,7 @@ from dfu_mlflow.data.sources import Source, find_source
 from dfu_mlflow.data.split import split_by_patient
 from dfu_mlflow.data.tables import Candidate
 from dfu_mlflow.errors import UserError
+from dfu_mlflow.phases import phase
 from dfu_mlflow.types import Record, Split
 
 PHANTOM = "phantom"
@@ -45,8 +46,9 @@ def load_split(config: DataConfig, seed: int) -> tuple[Split, Audit]:
     paths = list(dict.fromkeys(candidate.path for candidate in candidates))
     inspections, problems = inspect_files(paths, config.min_side_px, RowCache(default_cache_dir(config)))
     records, bad_boxes = usable_records(candidates, inspections, config)
-    records, links, repeated = without_duplicates(records, inspections)
-    near, look_alike = near_duplicates(records, inspections)
+    with phase("looking for photographs that are there twice"):
+        records, links, repeated = without_duplicates(records, inspections)
+        near, look_alike = near_duplicates(records, inspections)
     audit = _audit(source, records, [*source.problems, *problems, *bad_boxes, *repeated, *look_alike])
     refuse_bad_data(audit, config.max_bad_fraction, default_cache_dir(config))
     _refuse_empty_classes(candidates, records)

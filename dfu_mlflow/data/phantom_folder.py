@@ -10,6 +10,7 @@ from dfu_mlflow.config.schema import DataConfig
 from dfu_mlflow.data import phantom
 from dfu_mlflow.data.cache import default_cache_dir
 from dfu_mlflow.data.packs import make_private_folder, storage_error
+from dfu_mlflow.phases import phase
 from dfu_mlflow.runtime import file_digest
 
 SMALLEST_PX = 64
@@ -34,7 +35,8 @@ def render_phantom(config: DataConfig) -> Path:
         return folder
     temporary = Path(tempfile.mkdtemp(prefix=".rendering-", dir=parent))
     try:
-        phantom.write_phantom(temporary, config.phantom.patients, config.phantom.seed, size_px)
+        with phase("rendering the phantom"):
+            phantom.write_phantom(temporary, config.phantom.patients, config.phantom.seed, size_px)
         temporary.rename(folder)
     except OSError as error:
         if not folder.is_dir():  # else another process was faster

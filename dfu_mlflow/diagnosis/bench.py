@@ -14,6 +14,7 @@ import torch
 
 from dfu_mlflow.base.load import BaseModel
 from dfu_mlflow.base.shared_unet import UNetWeights
+from dfu_mlflow.bundle_format import Settings
 from dfu_mlflow.conditioning import Conditioner, encode_prompts
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.data import evaluation_pixels, load_split
@@ -24,10 +25,11 @@ from dfu_mlflow.errors import UserError
 from dfu_mlflow.metrics.extractors.base import NetworkExtractor
 from dfu_mlflow.metrics.extractors.efficientnet import efficientnet_lite0
 from dfu_mlflow.objective import Objective
+from dfu_mlflow.phases import phase
 from dfu_mlflow.preparation import Material, prepare, read_source, sampling_settings
 from dfu_mlflow.ranks import Ranks
 from dfu_mlflow.runtime import derive_seed, release_memory
-from dfu_mlflow.sampling import Sampler, Settings
+from dfu_mlflow.sampling import Sampler
 from dfu_mlflow.subject import Pictures, read_pictures
 from dfu_mlflow.tracking import masked
 from dfu_mlflow.types import Split
@@ -200,7 +202,8 @@ class Bench:
         """Class ids [N] and pictures uint8 [N, H, W, 3] from fixed seeds, classes in turn or as given."""
         ids = torch.arange(max(count, 2 * len(self.classes))) % len(self.classes) if class_ids is None else class_ids
         seeds = [derive_seed(self.config.evaluation.seed, "diagnosis", number) for number in range(len(ids))]
-        return ids, sampler.generate(ids, seeds, between_batches=self.between_batches)
+        with phase("sampling for a probe", len(ids), "pictures") as progress:
+            return ids, sampler.generate(ids, seeds, between_batches=self.between_batches, progress=progress)
 
     @cached_property
     def photographs(self) -> torch.Tensor:
@@ -215,7 +218,8 @@ class Bench:
     @cached_property
     def photograph_features(self) -> torch.Tensor:
         """Of the held-out photographs, float64 [N, D]."""
-        return self.extractor(self.photographs)
+        with phase("features of photographs"):
+            return self.extractor(self.photographs)
 
     def grid(self, seed: int | None = None) -> ValidationGrid:
         """The validation grid of held-out photographs; another seed draws its noise anew."""

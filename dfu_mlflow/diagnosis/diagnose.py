@@ -14,6 +14,7 @@ from dfu_mlflow.diagnosis.finding import CannotRun, Finding, Outcome
 from dfu_mlflow.diagnosis.lacking import Lacking
 from dfu_mlflow.diagnosis.ranking import ranked
 from dfu_mlflow.errors import Interrupted
+from dfu_mlflow.phases import phase
 from dfu_mlflow.tracking import masked
 
 Budget = Literal["cheap", "full"]
@@ -60,21 +61,28 @@ def diagnose(
         between_checks: called with each check's id before it runs; may raise to stop.
     """
     outcomes: dict[str, Outcome] = {}
-    for check in checks:
-        if budget == "cheap" and check.cost == "probe":
-            outcomes[check.id] = CannotRun("a probe: left out by --budget cheap")
-            continue
-        between_checks(check.id)
-        try:
-            outcomes[check.id] = check.run(case)
-        except Interrupted:
-            raise
-        except Exception as error:  # any: a defect, or a card that is too small, must not lose what the others found
-            told = masked(error)[:300]  # names of image files name patients; a name that is cut in two is not seen
-            outcomes[check.id] = CannotRun(f"{ENDED} {type(error).__name__}: {told}")
+    with phase("diagnosing", len(checks), "checks") as progress:
+        for check in checks:
+            progress.detail(check.id)
+            if budget == "cheap" and check.cost == "probe":
+                outcomes[check.id] = CannotRun("a probe: left out by --budget cheap")
+            else:
+                between_checks(check.id)
+                outcomes[check.id] = _asked(check, case)
+            progress.advance()
     findings = ranked(each for each in outcomes.values() if isinstance(each, Finding))
     try:
         updates = case.updates()
     except Lacking:
         updates = None
     return Diagnosis(tuple(findings), outcomes, budget, updates)
+
+
+def _asked(check: Check, case: Case) -> Outcome:
+    try:
+        return check.run(case)
+    except Interrupted:
+        raise
+    except Exception as error:  # any: a defect, or a card that is too small, must not lose what the others found
+        told = masked(error)[:300]  # names of image files name patients; a name that is cut in two is not seen
+        return CannotRun(f"{ENDED} {type(error).__name__}: {told}")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from dfu_mlflow.sampling import Settings
+from dfu_mlflow.bundle_format import Settings
 from registry.serving.meters import Meters
 from registry.serving.versions import Served
 

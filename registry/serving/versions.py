@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
-import mlflow
 from mlflow.exceptions import MlflowException
 
+from dfu_mlflow.bundle_format import BUNDLE
 from dfu_mlflow.config.serving import ServeConfig
 from dfu_mlflow.errors import UserError
+from dfu_mlflow.phases import phase
 from dfu_mlflow.runtime import pick_device, release_memory
-from dfu_mlflow.sampling import BUNDLE, Sampler
+from dfu_mlflow.sampling import Sampler
 from registry.memory import require_room
 from registry.serving.meters import Meters
-from registry.source import resolve_version
+from registry.source import resolve_version, version_files
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +45,14 @@ def load_version(name: str, config: ServeConfig) -> Served:
         UserError: for a model that is no sampler of this project.
         MlflowException, OSError: when it cannot be had.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        files = Path(mlflow.artifacts.download_artifacts(f"models:/{name}", dst_path=folder))
+    with phase(f"loading {name}"), version_files(name) as files:
         bundles = sorted(files.rglob(BUNDLE))
         if not bundles:
             raise UserError(f"models:/{name} holds no sampler of this project ({BUNDLE})")
         require_room(bundles[0].parent, pick_device(config.device))
         sampler = Sampler.load(bundles[0].parent, config.device)
-    sampler.batch_size = min(sampler.batch_size, config.serve.batch_size)
-    sampler.draw(sampler.classes[:1], [0], num_inference_steps=1)
+        sampler.batch_size = min(sampler.batch_size, config.serve.batch_size)
+        sampler.draw(sampler.classes[:1], [0], num_inference_steps=1)
     return Served(name, sampler)
 
 

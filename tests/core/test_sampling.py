@@ -11,12 +11,13 @@ import torch
 
 from dfu_mlflow.base.adapters import attach
 from dfu_mlflow.base.load import load_base
+from dfu_mlflow.bundle_format import Settings
 from dfu_mlflow.conditioning import encode_prompts
 from dfu_mlflow.config.prompts import MINIMAL
 from dfu_mlflow.config.schema import AdapterConfig
 from dfu_mlflow.errors import Interrupted
 from dfu_mlflow.runtime import generator
-from dfu_mlflow.sampling import Sampler, Settings, build_scheduler
+from dfu_mlflow.sampling import Sampler, build_scheduler
 
 SETTINGS = Settings(3.0, 4, 64, (80, 96), scheduler="dpmpp_2m")
 LABELS, SEEDS = ["I", "P", "R", "P"], [3, 5, 8, 13]

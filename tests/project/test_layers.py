@@ -36,6 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "activations",
         "base.pretraining",
         "bundle",
+        "bundle_format",
         "checkpoint",
         "memory",
         "metrics",

@@ -14,8 +14,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dfu_mlflow.bundle import BundleSource, write_bundle
+from dfu_mlflow.bundle_format import Settings
 from dfu_mlflow.config import RunConfig
-from dfu_mlflow.sampling import Settings
 from registry.package import RegisteredSampler, register_sampler
 
 PROMPTS = {"I": "inflamed", "P": "granulating", "R": "healed"}

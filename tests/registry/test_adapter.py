@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from dfu_mlflow.base.adapters import attach
 from dfu_mlflow.base.load import load_base
 from dfu_mlflow.bundle import BundleSource, write_bundle
+from dfu_mlflow.bundle_format import Settings
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import validate
-from dfu_mlflow.sampling import Sampler, Settings
+from dfu_mlflow.sampling import Sampler
 from registry.package import ADAPTER_TAG, RegisteredSampler, register_sampler
 
 PROMPTS = {"I": "inflamed", "P": "granulating", "R": "healed"}

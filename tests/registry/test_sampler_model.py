@@ -13,8 +13,8 @@ import pytest
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
+from dfu_mlflow.bundle_format import Settings
 from dfu_mlflow.errors import UserError
-from dfu_mlflow.sampling import Settings
 from registry.sampler import SamplerModel
 
 CLASSES = ("I", "P", "R")

@@ -26,11 +26,11 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from dfu_mlflow.bundle import BundleSource, write_bundle
+from dfu_mlflow.bundle_format import Settings
 from dfu_mlflow.config import RunConfig, load
 from dfu_mlflow.config.prompts import MINIMAL
 from dfu_mlflow.config.tuning import TuneConfig
 from dfu_mlflow.preparation import prepare, read_source
-from dfu_mlflow.sampling import Settings
 from dfu_mlflow.tracking_store import set_tags
 from tuning.claims import give_up_dead, open_database, retry
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dfu_mlflow.bundle_format import Settings
 from dfu_mlflow.config import RunConfig, flatten
 from dfu_mlflow.config.study import WEIGHTS, Plan
 from dfu_mlflow.config.tuning import is_fixed
@@ -17,7 +18,6 @@ from dfu_mlflow.errors import ConfigError
 from dfu_mlflow.evaluator import Measurement, assess, extract, flatten_reports
 from dfu_mlflow.participant import TrainingResult
 from dfu_mlflow.ranks import Ranks
-from dfu_mlflow.sampling import Settings
 from dfu_mlflow.trainer import Score
 from dfu_mlflow.training_run import TrainingRun
 from tuning.ablation.design import Cell, Factor, cells

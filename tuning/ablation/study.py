@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mlflow import MlflowClient
-from tqdm import tqdm
 
 from dfu_mlflow.alone import alone
 from dfu_mlflow.config import RunConfig
@@ -18,6 +17,7 @@ from dfu_mlflow.config.study import Plan, read_plan
 from dfu_mlflow.errors import Interrupted, UserError
 from dfu_mlflow.evaluator import Measurement
 from dfu_mlflow.interrupt import StopRequest
+from dfu_mlflow.phases import phase
 from dfu_mlflow.pipeline import run_training
 from dfu_mlflow.preparation import read_source
 from dfu_mlflow.runtime import provenance, release_memory
@@ -134,16 +134,19 @@ def work(experiment: Experiment, journal: Journal, parent: str, check_stop: Call
     left = [(cell, seed) for cell, seed in runs if not journal.done(cell, seed)]
     baselines: dict[str, Measurement] = {}
     failed: list[tuple[Cell, int]] = []
-    for cell, seed in tqdm(left, desc="study", unit="training", initial=len(runs) - len(left), total=len(runs)):
-        check_stop()
-        reason = train(experiment, journal, parent, (cell, seed), baselines)
-        failed = [] if reason is None else [*failed, (cell, seed)]
-        if len(failed) == MAX_FAILURES:
-            journal.forget(failed)
-            raise UserError(
-                f"{MAX_FAILURES} trainings in a row ended without a figure, the last one: {reason}; mend that, and the "
-                "same command tries them again"
-            )
+    with phase("study", len(runs), "trainings") as progress:
+        progress.begin_at(len(runs) - len(left))
+        for cell, seed in left:
+            check_stop()
+            reason = train(experiment, journal, parent, (cell, seed), baselines)
+            failed = [] if reason is None else [*failed, (cell, seed)]
+            if len(failed) == MAX_FAILURES:
+                journal.forget(failed)
+                raise UserError(
+                    f"{MAX_FAILURES} trainings in a row ended without a figure, the last one: {reason}; mend that, and "
+                    "the same command tries them again"
+                )
+            progress.advance()
     check_stop()
 
 

@@ -10,6 +10,7 @@ from dfu_mlflow.diagnosis.check import Check
 from dfu_mlflow.diagnosis.finding import Figure, Finding, Healthy
 from dfu_mlflow.metrics.extractors.pixels import STATISTICS, colour_statistics, value_signs
 from dfu_mlflow.metrics.value_range import range_signs
+from dfu_mlflow.phases import phase
 from dfu_mlflow.runtime import derive_seed
 
 ERRORS = 6.0
@@ -67,7 +68,9 @@ class MetricInputBroken(Check):
         ids = torch.arange(AGAIN) % count
         seed = bench.config.evaluation.seed
         seeds = [derive_seed(seed, "evaluation", number % count, number // count) for number in range(AGAIN)]
-        images = torch.from_numpy(bench.base_sampler().generate(ids, seeds, between_batches=bench.between_batches))
+        with phase("sampling for a probe", AGAIN, "pictures") as progress:
+            drawn = bench.base_sampler().generate(ids, seeds, between_batches=bench.between_batches, progress=progress)
+        images = torch.from_numpy(drawn)
         again = colour_statistics(bench.config.data.resolution_px, bench.material.device)(images)
         for column, name in enumerate(STATISTICS):
             mean, error = float(again[:, column].mean()), float(again[:, column].std()) / AGAIN**0.5

@@ -13,6 +13,7 @@ from transformers.utils.hub import cached_file
 
 from dfu_mlflow import runtime
 from dfu_mlflow.errors import UserError
+from dfu_mlflow.phases import phase
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ def _download(url: str, folder: Path, sha256: str) -> str:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         target = str(folder / url.rsplit("/", 1)[-1])
-        torch.hub.download_url_to_file(url, target, hash_prefix=sha256 or None, progress=False)
+        with phase(f"fetching {url.rsplit('/', 1)[-1]}"):
+            torch.hub.download_url_to_file(url, target, hash_prefix=sha256 or None, progress=False)
     except (OSError, RuntimeError, ValueError) as error:
         return f"{url}: {' '.join(str(error).split())}"
     return ""

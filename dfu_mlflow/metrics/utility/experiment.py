@@ -16,6 +16,7 @@ from dfu_mlflow.metrics.extractors.base import check_images
 from dfu_mlflow.metrics.utility.arms import Pictures, training_arms
 from dfu_mlflow.metrics.utility.report import Named, UtilityReport, utility_report
 from dfu_mlflow.metrics.utility.training import name_classes, train_classifier
+from dfu_mlflow.phases import phase
 from dfu_mlflow.runtime import derive_seed
 
 PROTOCOL = 1
@@ -45,13 +46,20 @@ def measure_utility(
     _check(classes, training, held_out, synthetic)
     arms = training_arms(training, synthetic, config.ratio, config.seed)
     found: dict[str, torch.Tensor] = {}
-    for arm, sources in arms.items():
-        pictures, rows = sources.collect(), []
-        for number in range(config.seeds):
-            seed = derive_seed(config.seed, "utility", number)
-            classifier = train_classifier(pictures.images, pictures.labels, len(classes), config, seed, between_steps)
-            rows.append(name_classes(classifier, held_out.images, 4 * config.batch_size))
-        found[arm] = torch.stack(rows)
+    with phase("training classifiers", len(arms) * config.seeds * config.steps, "steps") as progress:
+
+        def step() -> None:
+            between_steps()
+            progress.advance()
+
+        for arm, sources in arms.items():
+            pictures, rows = sources.collect(), []
+            progress.detail(arm)
+            for number in range(config.seeds):
+                seed = derive_seed(config.seed, "utility", number)
+                classifier = train_classifier(pictures.images, pictures.labels, len(classes), config, seed, step)
+                rows.append(name_classes(classifier, held_out.images, 4 * config.batch_size))
+            found[arm] = torch.stack(rows)
     named = Named(classes, held_out.labels, held_out.patients, found, 1, _identity(config, training))
     return utility_report(named)
 
