@@ -13,11 +13,9 @@ from registry.package import RegisteredSampler, register_sampler
 
 def publish(result: TrainingResult, config: RunConfig) -> RegisteredSampler | None:
     """Register the result's bundle, if the configuration says so, and print the commands that come next."""
-    headline = [
-        f"{name} {result.figures[key]:.4g}"
-        for name, key in (("fid", "eval/fid"), ("fd", "eval/fd"), ("kid", "eval/kid"))
-        if key in result.figures
-    ]
+    group = "eval" if result.shown == "live" else "eval_ema"
+    known = {name: result.figures.get(f"{group}/{name}") for name in ("fid", "fd", "kid")}
+    headline = [f"{name} {value:.4g}" for name, value in known.items() if value is not None]
     print(f"best: epoch {result.best_epoch}, {result.shown} weights, {', '.join(headline) or 'not measured'}")
     print(f"success criterion: {result.verdict}")
     if not config.registry.register_model or result.bundle is None:
