@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,16 +62,14 @@ def time_passes(config: RunConfig, source: str, device: torch.device) -> PassTim
     timed: Any = small.to(dtype).to_empty(device=device).eval()
     whole = _flops(_denoising(unet, edge, 1, torch.device("meta"), torch.float32))
     sizes = _sizes(edge, 2 ** (len(unet.config.block_out_channels) - 1), config.train.batch_size)
-    rate = _rate((_denoising(timed, *size, device, dtype) for size in sizes), device)
-    del timed
+    rate = _rate(sizes, lambda size, rows: _denoising(timed, size, rows, device, dtype), device)
     halves = vae.to_empty(device=device).eval()
     empty: Any = meta_modules(source)["vae"]
-    encode, decode = (
-        _flops(half(empty, edge, torch.device("meta")))
-        / _rate((half(halves, size, device) for size, _ in _sizes(edge, 1, 1)), device)
-        for half in (_encoding, _decoding)
-    )
-    return PassTimes(whole / rate, encode, decode)
+    seconds = []
+    for half in (_encoding, _decoding):
+        flops = _flops(half(empty, edge, torch.device("meta")))
+        seconds.append(flops / _rate(_sizes(edge, 1, 1), lambda size, _, half=half: half(halves, size, device), device))
+    return PassTimes(whole / rate, *seconds)
 
 
 Work = Callable[[], object]
@@ -85,20 +83,27 @@ def _sizes(edge: int, divisor: int, rows: int) -> list[tuple[int, int]]:
     return [(each, 1) for each in reversed(edges)] + [(edge, 2**power) for power in range(1, rows.bit_length())]
 
 
-def _rate(works: Iterator[Work], device: torch.device) -> float:
-    """FLOPs a second of the largest work that takes little enough."""
-    rate = 0.0
-    for work in works:
-        flops = _flops(work)  # which runs it: kernels are chosen and memory is touched
-        if rate and flops / rate > LIMIT_S:
+def _rate(sizes: Sequence[tuple[int, int]], made: Callable[[int, int], Work], device: torch.device) -> float:
+    """FLOPs a second of the largest work that takes little enough, of those made for (edge, rows)."""
+    pixels, seconds, rate = 0, 0.0, 0.0
+    for edge, rows in sizes:
+        if pixels and seconds * edge**2 * rows / pixels > LIMIT_S:
             break
+        work = made(edge, rows)
+        flops = _flops(work)  # which runs it: kernels are chosen and memory is touched
+        _wait(device)
         started = time.perf_counter()
         with torch.no_grad():
             work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        rate = flops / (time.perf_counter() - started)
+        _wait(device)
+        pixels, seconds = edge**2 * rows, time.perf_counter() - started
+        rate = flops / seconds
     return rate
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _flops(work: Work) -> int:
