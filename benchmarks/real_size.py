@@ -44,8 +44,7 @@ SIZE = {
 PHANTOM = {"--data.root": "phantom", "--data.phantom.patients": "8", "--data.group_by": None}
 SAMPLE = ("--sample.per_class", "2", "--num_inference_steps", "4")
 LIMIT_GB = {"train, all weights": 20.0}
-OTHER_SAMPLE = ("--sample.per_class", "2", "--num_inference_steps", "4")
-LIMIT_GB = 12.0
+OTHER_LIMIT_GB = 12.0
 REFUSED = 3
 COMMANDS = ("train", "evaluate", "diagnose", "promote", "sample", "models-serve", "serve", "train-full")
 

@@ -36,6 +36,7 @@ SMALL: Mapping[str, Any] = {
     "train.batch_size": 8,
     "train.warmup_steps": 8,
     "sampling.num_inference_steps": 6,
+    "evaluation.budget": None,
     "evaluation.samples": 36,
     "evaluation.grid_per_class": 1,
     "evaluation.validation_images": 32,

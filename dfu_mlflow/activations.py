@@ -80,7 +80,7 @@ def activation_bytes(unet: Any, latent_edge: int, config: RunConfig) -> int:
                 # CUDA's autocast normalises in float32 and answers so; the CPU's, which runs here, stays in bf16.
                 module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         with LiveBytes(unet.parameters()) as counter:
-            noisy, told = _inputs(unet.config, latent_edge, config.train.batch_size)
+            noisy, told = network_inputs(unet.config, latent_edge, config.train.batch_size)
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 prediction = predict(unet, noisy, torch.ones(len(noisy), dtype=torch.int64), told)
                 loss = (prediction.float() - noisy).pow(2).mean()
@@ -102,7 +102,7 @@ def drawing_bytes(unet: Any, latent_edge: int, rows: int, mixed_precision: str, 
         for module in unet.modules():
             _fill_with_fakes(module)
         with LiveBytes(unet.parameters()) as counter:
-            noisy, told = _inputs(unet.config, latent_edge, rows * (2 if guided else 1))
+            noisy, told = network_inputs(unet.config, latent_edge, rows * (2 if guided else 1))
             with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision != "no"):
                 predict(unet, noisy, torch.ones(len(noisy), dtype=torch.int64), told)
     return int(counter.peak)
@@ -132,7 +132,8 @@ def _fill_with_fakes(module: nn.Module) -> None:
         setattr(module, name, fake)
 
 
-def _inputs(unet: Any, edge: int, rows: int) -> tuple[torch.Tensor, Conditioning]:
+def network_inputs(unet: Any, edge: int, rows: int) -> tuple[torch.Tensor, Conditioning]:
+    """Latents [B, C, h, w] and what the UNet of this configuration is told, without content."""
     pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
     told = Conditioning(
         torch.empty(rows, TOKENS, unet.cross_attention_dim), torch.empty(rows, pooled), torch.empty(rows, 6)

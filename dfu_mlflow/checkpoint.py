@@ -145,6 +145,11 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(tensors[0], tensors[1], tensors[2], state)
 
 
+def weights_file(folder: Path, shown: str) -> Path:
+    """A checkpoint's weights, `live` or `ema`."""
+    return folder / ("ema.safetensors" if shown == "ema" else "weights.safetensors")
+
+
 def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
     """The checkpoint that `--resume` means; None starts from the base.
 

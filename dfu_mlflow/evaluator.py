@@ -153,13 +153,15 @@ class Evaluator:
         unet.eval()
         return validation_losses(unet, self.objective, self.material.conditioner, self.grid, self.ranks)
 
+    def numbers(self) -> list[int]:
+        """Pictures of each class that are measured."""
+        plan = self.panels[0].reference.generation_plan(self.config.samples) if self.panels else {}
+        return [int(plan.get(label, 0)) for label in self.material.conditioner.classes]
+
     def draw(self, batch_size: int, settings: Settings | None = None) -> Drawn:
         """Pictures from the same seeds in every epoch; `settings` None takes the evaluator's own."""
-        plan = self.panels[0].reference.generation_plan(self.config.samples) if self.panels else {}
-        classes = self.material.conditioner.classes
         ids, seeds, counted = [], [], []
-        for class_id in range(len(classes)):
-            wanted = int(plan.get(classes[class_id], 0))
+        for class_id, wanted in enumerate(self.numbers()):
             for number in range(max(wanted, self.config.grid_per_class)):
                 ids.append(class_id)
                 counted.append(number < wanted)

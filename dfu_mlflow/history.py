@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ import torch
 from dfu_mlflow.checkpoint import write_json
 from dfu_mlflow.evaluator import Baseline, Measurement
 from dfu_mlflow.types import Estimate, EvalReport
+
+BASE, QUICK_BASE = "base", "base_quick"
 
 
 class History:
@@ -28,13 +31,29 @@ class History:
         if path.is_file():
             self.epochs = json.loads(path.read_text(encoding="utf-8"))
 
-    def add(self, epoch: int, figures: dict[str, float], measured: dict[str, Measurement]) -> None:
-        """Keep an epoch's figures; the base's reports and losses too, which later epochs are compared with."""
+    def add(
+        self,
+        epoch: int,
+        figures: dict[str, float],
+        measured: Mapping[str, Measurement],
+        quick: Mapping[str, Measurement] = MappingProxyType({}),
+    ) -> None:
+        """Keep an epoch's figures; the base's reports and losses too, which later epochs are compared with.
+
+        Args:
+            measured: weights -> what they were measured as in full.
+            quick: the same on the fewer pictures of a quick evaluation.
+        """
         entry: dict[str, Any] = {"figures": figures}
         if epoch == 0:
-            base = measured["live"]
-            entry["base"] = {"reports": [asdict(report) for report in base.reports], "losses": base.losses.tolist()}
+            known = {BASE: measured, QUICK_BASE: quick}
+            entry |= {name: _base(sets["live"]) for name, sets in known.items() if sets}
         self.epochs[str(epoch)] = entry
+        write_json(self.path, self.epochs)
+
+    def amend(self, epoch: int, figures: Mapping[str, float]) -> None:
+        """More figures of an epoch."""
+        self.epochs[str(epoch)]["figures"] |= figures
         write_json(self.path, self.epochs)
 
     def figures(self, epoch: int) -> dict[str, float]:
@@ -58,11 +77,11 @@ class History:
                 found[epoch] = own[name]
         return found
 
-    def baseline(self) -> Baseline | None:
-        """The untouched base's measurement, None before it was made."""
-        if "0" not in self.epochs:
+    def baseline(self, quick: bool = False) -> Baseline | None:
+        """The untouched base's measurement, in full or as quick ones are made; None before it was made."""
+        base = self.epochs.get("0", {}).get(QUICK_BASE if quick else BASE)
+        if base is None:
             return None
-        base = self.epochs["0"]["base"]
         return Baseline(
             tuple(_report(report) for report in base["reports"]), torch.tensor(base["losses"], dtype=torch.float64)
         )
@@ -80,6 +99,10 @@ def figures_of_weights(figures: Mapping[str, float], weights: str) -> dict[str, 
         own = {name.removeprefix(prefix): value for name, value in figures.items() if name.startswith(prefix)}
         found |= {f"{group}/{name}": value for name, value in own.items()}
     return found
+
+
+def _base(base: Measurement) -> dict[str, Any]:
+    return {"reports": [asdict(report) for report in base.reports], "losses": base.losses.tolist()}
 
 
 def _report(content: dict[str, Any]) -> EvalReport:

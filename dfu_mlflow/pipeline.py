@@ -20,6 +20,7 @@ from dfu_mlflow.data import dataset_digest
 from dfu_mlflow.ema import ExponentialMovingAverage
 from dfu_mlflow.engine_choice import check_launch
 from dfu_mlflow.errors import UserError
+from dfu_mlflow.evaluation_budget import Protocol, plan_evaluation
 from dfu_mlflow.fused import BackwardOptimizer
 from dfu_mlflow.interrupt import StopRequest
 from dfu_mlflow.memory import check_disk, check_output_folder
@@ -85,7 +86,8 @@ def run_training(
             digest = dataset_digest(source.split)
             if checkpoint is not None:
                 check_same_run(checkpoint, config, digest)
-            equipment = equip(config, prepare(config, source), ranks)
+            kept = None if checkpoint is None else Protocol.of(checkpoint.state)
+            equipment = equip(config, prepare(config, source), ranks, kept)
         if not ranks.main:
             folder = resumed_from.parent.parent if resumed_from else config.output_dir
             return train(Participant(config, equipment, ranks, folder, {}), checkpoint)
@@ -138,6 +140,7 @@ def train(run: Participant, checkpoint: Checkpoint | None) -> TrainingResult:
             run.trainer.restore(checkpoint)
         run.show_draws(run.ranks.everyone(run.first_draws(), "the first step"))
         run.trainer.fit()
+        run.confirm()
     run.trainer.engine.release()
     return run.ranks.decided(run.finish, "the end of training", limited=False)
 
@@ -152,8 +155,11 @@ def _runtime(config: RunConfig, ranks: Ranks) -> RuntimeConfig:
     return config.runtime.model_copy(update={"num_processes": ranks.count})
 
 
-def equip(config: RunConfig, material: Material, ranks: Ranks) -> Equipment:
+def equip(config: RunConfig, material: Material, ranks: Ranks, kept: Protocol | None = None) -> Equipment:
     """Build networks, objective, optimizer and references.
+
+    Args:
+        kept: how the run evaluated so far, where it goes on.
 
     Raises:
         UserError: for weights or packages that are not at hand, or adapters that fit nowhere.
@@ -163,7 +169,8 @@ def equip(config: RunConfig, material: Material, ranks: Ranks) -> Equipment:
         parts = build_parts(config, material, ranks)
         # Before the first step an adapter adds nothing. The main rank alone measures how far the weights went.
         origin = Origin(material.pipe.unet, config.adapter) if ranks.main else None
-    return Equipment(material, panels, parts, origin)
+    plan = plan_evaluation(config, material.source.split, kept)
+    return Equipment(material, panels, parts, origin, plan)
 
 
 def build_parts(config: RunConfig, material: Material, ranks: Ranks | None = None) -> Parts:

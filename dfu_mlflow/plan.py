@@ -8,8 +8,10 @@ from dfu_mlflow.base.load import resolve_base
 from dfu_mlflow.batches import steps_per_epoch
 from dfu_mlflow.config.load import dump_yaml
 from dfu_mlflow.config.schema import RunConfig
+from dfu_mlflow.evaluation_budget import EvaluationPlan, Workload, plan
 from dfu_mlflow.memory import GIB, free_bytes, kept_checkpoints, training_memory
 from dfu_mlflow.memory_phases import CUDA_BYTES, RunMemory, libraries_bytes, run_memory
+from dfu_mlflow.pass_timing import time_passes
 from dfu_mlflow.preparation import Source, read_source
 from dfu_mlflow.runtime import pick_device
 from dfu_mlflow.verdict import check_names
@@ -24,7 +26,7 @@ def print_plan(config: RunConfig) -> None:
     source = read_source(config)
     check_names(config.evaluation, source.split.classes)
     print(dump_yaml(config))
-    lines = [*_data_lines(source), *_step_lines(config, source), *_size_lines(config)]
+    lines = [*_data_lines(source), *_step_lines(config, source), *_pass_lines(config, source), *_size_lines(config)]
     if not Path(base := resolve_base(config.base_model)).is_dir():
         lines.append(f"base {base} is no folder here: it is fetched from the hub, unless the hub's cache holds it")
     print("\n".join(lines))
@@ -53,6 +55,48 @@ def _step_lines(config: RunConfig, source: Source) -> list[str]:
         f"{train.epochs} epochs of {steps} optimizer steps of {train.batch_size} x {train.gradient_accumulation_steps} "
         f"samples: {train.epochs * steps} steps, {train.epochs * samples} samples",
     ]
+
+
+def _pass_lines(config: RunConfig, source: Source) -> list[str]:
+    work = Workload.of(config, source.split)
+    chosen, whole = plan(work, config.evaluation.budget), plan(work, None)
+    parts = {"in full": chosen.full_passes, "quick": chosen.quick_passes, "confirming": chosen.confirmation_passes}
+    return [
+        "",
+        "# UNet passes",
+        f"training: {chosen.training_passes:,} ({4 if config.train.gradient_checkpointing else 3} a sample)",
+        f"evaluation: {chosen.evaluation_passes:,} "
+        f"({', '.join(f'{name} {count:,}' for name, count in parts.items() if count)})",
+        chosen.in_words(),
+        f"evaluation is {100 * chosen.share:.1f} % of the run"
+        + (f"; in full after every epoch it would be {100 * whole.share:.1f} %" if chosen != whole else ""),
+        *_hour_lines(config, source, chosen),
+    ]
+
+
+def _hour_lines(config: RunConfig, source: Source, chosen: EvaluationPlan) -> list[str]:
+    """Hours, from a short timing on the device."""
+    device = pick_device(config.device)
+    try:
+        times = time_passes(config, resolve_base(config.base_model), device)
+    except RuntimeError as error:  # torch's own for memory that is not there
+        return [f"hours are not estimated: {device} has no room to time a pass ({str(error).splitlines()[0][:120]})"]
+    split = source.split
+    views = len(split.train) * config.data.views_per_image
+    photographs = len(split.train) + len(split.held_out)
+    seconds = {
+        "caching": times.encode_s * (views + len(split.held_out)) + times.decode_s * photographs,
+        "training": times.pass_s * chosen.training_passes,
+        "evaluation": times.pass_s * chosen.evaluation_passes + times.decode_s * chosen.pictures,
+    }
+    return [
+        f"estimated for one process, from a short timing on {device} scaled by FLOPs "
+        f"({1e3 * times.pass_s:.3g} ms a pass): " + ", ".join(f"{name} {_long(s)}" for name, s in seconds.items())
+    ]
+
+
+def _long(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 
 
 def _size_lines(config: RunConfig) -> list[str]:

@@ -84,11 +84,13 @@ class Console:
         if "train/loss" in figures:
             parts.append(f"train loss {figures['train/loss']:.3f}")
         parts.append(f"validation loss {figures['val/loss']:.3f}")
+        full = any(name.startswith("eval/") for name in figures)
         for weights in ("", "_ema"):
             for metric in ("fid", "fd", "kid"):
-                name = f"eval{weights}/{metric}"
+                name = f"eval{'' if full else '_quick'}{weights}/{metric}"
                 if name in figures:
-                    text = f"{metric}{' (EMA)' if weights else ''} {figures[name]:.4g}"
+                    told = ", ".join([*([] if full else ["quick"]), *(["EMA"] if weights else [])])
+                    text = f"{metric}{told and f' ({told})'} {figures[name]:.4g}"
                     progress = figures.get(f"{name}_progress")
                     parts.append(
                         text if progress is None or epoch == 0 else f"{text} ({100 * progress:.0f} % of the way)"

@@ -80,7 +80,8 @@ class Hooks:
         before_checkpoint: called before a checkpoint is written, so that what it covers is stored elsewhere first.
         should_stop: asked after each step.
         facts: extra entries for the checkpoint's state.
-        passed: (epoch, training figures of that epoch) where `evaluation.every_epochs` passes it over.
+        passed: (epoch, training figures of that epoch) where that epoch is not evaluated.
+        due: is this epoch evaluated? The untouched base and the last epoch always are.
     """
 
     evaluate: Callable[[int, dict[str, float]], Score | None]
@@ -89,6 +90,7 @@ class Hooks:
     should_stop: Callable[[], bool]
     facts: dict[str, Any] = field(default_factory=dict)
     passed: Callable[[int, dict[str, float]], None] = lambda epoch, figures: None
+    due: Callable[[int], bool] = lambda epoch: True
 
 
 @dataclass
@@ -287,8 +289,7 @@ class Trainer:
         epoch = self.progress.step // self.steps_per_epoch
         if epoch <= self.progress.evaluated or self.progress.step % self.steps_per_epoch:
             return
-        last = epoch == self.config.train.epochs
-        if epoch % self.config.evaluation.every_epochs and not last:
+        if epoch not in (0, self.config.train.epochs) and not self.hooks.due(epoch):
             self.hooks.passed(epoch, self.epoch_figures())
             return
         score = self.hooks.evaluate(epoch, self.epoch_figures())
@@ -313,7 +314,8 @@ class Trainer:
     def out_of_patience(self) -> bool:
         """Has the best score stood for longer than early stopping allows?"""
         patience = self.config.train.early_stopping_patience
-        evaluations = (self.progress.evaluated - self.progress.best_epoch) // self.config.evaluation.every_epochs
+        since = range(self.progress.best_epoch + 1, self.progress.evaluated + 1)
+        evaluations = sum(map(self.hooks.due, since))
         return patience is not None and self.progress.best_score is not None and evaluations >= patience
 
     def save(self) -> None:

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import shutil
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from safetensors.torch import save_file
 
 from dfu_mlflow.base.adapters import trainable_fraction
 from dfu_mlflow.bundle import BundleSource, write_bundle
+from dfu_mlflow.checkpoint import weights_file
 from dfu_mlflow.conditioning import FED, prompt_length
 from dfu_mlflow.config.load import dump_yaml
 from dfu_mlflow.config.prompts import resolve_style
 from dfu_mlflow.config.schema import RunConfig
+from dfu_mlflow.confirmation import Candidate, group, named, validation_group
 from dfu_mlflow.data import dataset_digest, evaluation_pixels
 from dfu_mlflow.diagnosis.diagnose import Diagnosis
 from dfu_mlflow.diagnosis.report import BUDGET_TAG, diagnosis_section, finding_tags, findings_file
 from dfu_mlflow.diagnosis.watch import Watch
-from dfu_mlflow.evaluator import Baseline, Measurement, Observation, folded
-from dfu_mlflow.history import History
-from dfu_mlflow.participant import Equipment, Look, Participant, TrainingResult
+from dfu_mlflow.evaluator import Measurement, Observation, folded
+from dfu_mlflow.measured_run import MeasuredRun
+from dfu_mlflow.participant import Equipment, Look, TrainingResult
 from dfu_mlflow.phases import phase
 from dfu_mlflow.progress import Console
 from dfu_mlflow.ranks import Ranks
@@ -34,7 +35,7 @@ from dfu_mlflow.report.training import TrainingStory, training_report
 from dfu_mlflow.runtime import provenance
 from dfu_mlflow.tracking import Tracker
 from dfu_mlflow.trainer import Score
-from dfu_mlflow.verdict import score, success_verdict
+from dfu_mlflow.verdict import success_verdict
 
 
 class Supervisor(Protocol):
@@ -52,7 +53,7 @@ class Supervisor(Protocol):
         """Training is over and its run still open; gives back what is to be published."""
 
 
-class TrainingRun(Participant):
+class TrainingRun(MeasuredRun):
     """A training run as its main rank sees it: the trainer's hooks, and what they write to."""
 
     def __init__(
@@ -65,15 +66,17 @@ class TrainingRun(Participant):
         supervisor: Supervisor | None = None,
     ) -> None:
         facts = {"run_id": tracker.run_id, "data": dataset_digest(equipment.material.source.split)}
-        super().__init__(config, equipment, ranks, folder, facts)
+        super().__init__(config, equipment, ranks, folder, facts, {} if supervisor is None else supervisor.baselines)
         self.supervisor = supervisor
         self.tracker = tracker
-        self.evaluator.between_batches = self.between_batches
-        self.history = History(folder / "history.json")
+        for evaluator in (self.evaluator, self.quick):
+            if evaluator is not None:
+                evaluator.between_batches = self.between_batches
         self.album = Album(folder / "grids", self.material.source.split.classes)
         self.settings_shown: dict[str, str] = {}
         self.console = Console(config.train.epochs, self.trainer.steps_per_epoch, config.evaluation.every_epochs)
-        self.watch = Watch(config, self.trainer.steps_per_epoch, len(self.material.source.split.classes))
+        pictures = None if self.plan.quick is None else self.plan.quick.pictures
+        self.watch = Watch(config, self.trainer.steps_per_epoch, len(self.material.source.split.classes), pictures)
         self.diagnosis: Diagnosis | None = None
         self.diagnosed = tracker.tag(BUDGET_TAG)  # a resumed run may have been diagnosed since
 
@@ -93,8 +96,7 @@ class TrainingRun(Participant):
             "seed": config.seed,
             "trainable_fraction": round(trainable_fraction(pipe.unet, self.parts.weights), 6),
         }
-        identity = "; ".join(panel.reference.identity for panel in self.panels.panels)
-        self.tracker.params(config, derived | {"metric_identity": identity})
+        self.tracker.params(config, derived | self.identities())
         self.settings_shown = {name: str(value) for name, value in derived.items()}
         self.tracker.text("config.yaml", dump_yaml(config))
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -102,6 +104,7 @@ class TrainingRun(Participant):
         hashes = {f"sha256.{part}": digest for part, digest in self.material.digests.items()}
         notes = {f"not_computed.{metric}": reason for metric, reason in self.panels.notes.items()}
         self.tracker.tags(provenance() | hashes | notes | self.watch.facts)
+        self.console.say(self.plan.in_words())
         for context, records in {"training": source.split.train, "evaluation": source.split.held_out}.items():
             counts = {label: sum(record.label == label for record in records) for label in source.split.classes}
             self.tracker.dataset(f"photographs-{context}", digest, _origin(config), counts, context)
@@ -150,70 +153,46 @@ class TrainingRun(Participant):
         with self.console.evaluating(epoch):
             return super().evaluate(epoch, training)
 
-    def observe(self, epoch: int) -> Observation | None:
-        """Look at the weights in the UNet; at the untouched base once for all runs of a supervisor that share it."""
-        known = epoch == 0 and self.supervisor is not None and self.base_identity() in self.supervisor.baselines
-        return None if known else super().observe(epoch)
-
     def conclude(self, epoch: int, training: dict[str, float], looks: dict[str, Look]) -> Score | None:
         """Measure what was seen, log it, and say how good it is."""
-        base = self.history.baseline() if epoch > 0 else None
-        measured = {shown: self.measure(epoch, shown, look.seen, base) for shown, look in looks.items()}
+        full: dict[str, Measurement] = {}
+        if self.quick is None or self.plan.full(epoch):
+            base = self.history.baseline() if epoch > 0 else None
+            full = {shown: self.measure(epoch, shown, look.full, base) for shown, look in looks.items()}
+        quick = self.measured_quickly(epoch, looks)
         figures = {"epoch": float(epoch), **training}
-        for shown, measurement in measured.items():
-            suffix = "" if shown == "live" else "_ema"
-            figures |= {f"val{suffix}/{name}": value for name, value in measurement.validation.items()}
-            figures |= {f"eval{suffix}/{name}": value for name, value in measurement.figures.items()}
+        for measured, quickly in ((quick, True), (full, False)):
+            for shown, measurement in measured.items():
+                figures |= named(measurement, shown, quickly)
         figures |= self.movement({shown: look.moved for shown, look in looks.items()})
-        best = self.best_score(measured)
-        self.log_epoch(epoch, figures, measured, best.shown if best else "live")
+        best = self.best_score(quick or full)
+        self.log_epoch(epoch, figures, full, quick)
         if epoch == 0:
-            self.say_if_nothing_chooses(measured["live"])
+            self.say_if_nothing_chooses(quick or full, full)
         if self.supervisor is not None:
             self.supervisor.epoch(epoch, best)
         return best
 
-    def measure(self, epoch: int, shown: str, seen: Observation | None, base: Baseline | None) -> Measurement:
-        """The figures of what was seen; the untouched base's once for all runs of a supervisor that share it."""
-        known = self.supervisor.baselines if self.supervisor is not None and epoch == 0 else {}
-        key = self.base_identity() if epoch == 0 else ""
-        if key not in known:
-            assert seen is not None
-            known[key] = self.evaluator.judge(seen, shown, base)
-        return known[key]
-
-    def base_identity(self) -> str:
-        """Everything that the untouched base's figures depend on."""
-        material, objective = self.material, self.config.loss.prediction_type
-        facts: list[Any] = [self.settings, material.source.prompts, self.config.prompts.negative_prompt, objective]
-        facts += [self.config.evaluation, sorted(material.digests.items()), self.config.train.mixed_precision]
-        facts += [self.config.sampling.batch_size, *(panel.reference.identity for panel in self.panels.panels)]
-        return repr(facts)
-
-    def movement(self, moved: dict[str, float]) -> dict[str, float]:
-        """How far the weights have come, and how much of it the average shows."""
-        if math.isnan(moved["live"]):
-            return {}
-        figures = {"model/displacement": moved["live"]}
-        if "ema" in moved and moved["live"] > 0:
-            figures["ema/coverage"] = moved["ema"] / moved["live"]
-        return figures
-
-    def log_epoch(self, epoch: int, figures: dict[str, float], measured: dict[str, Measurement], better: str) -> None:
-        """Everything an epoch leaves behind; the verdict speaks of its better weights, `live` or `ema`."""
+    def log_epoch(
+        self,
+        epoch: int,
+        figures: dict[str, float],
+        full: dict[str, Measurement],
+        quick: dict[str, Measurement],
+    ) -> None:
+        """Everything an epoch leaves behind; the verdict speaks of its better weights."""
         self.tracker.epoch(epoch, figures)
-        for shown, measurement in measured.items():
+        for shown, measurement in (quick | full).items():
             self.album.keep(shown, epoch, measurement.grids)
             for label, grid in measurement.grids.items():
                 self.tracker.image(f"samples{'' if shown == 'live' else '_ema'}/{label}", epoch, folded(grid))
-            suffix = "" if shown == "live" else "_ema"
-            own = {
-                key: value for key, value in figures.items() if key.split("/")[0] in (f"eval{suffix}", f"val{suffix}")
-            }
+            groups = (group(shown), group(shown, quick=True), validation_group(shown))
+            own = {key: value for key, value in figures.items() if key.split("/")[0] in groups}
             self.tracker.checkpoint(epoch, shown, own)
-        self.history.add(epoch, figures, measured)
+        self.history.add(epoch, figures, full, quick)
         success = self.config.evaluation.success
-        series = self.history.series_of(success.metric, better) if success else {}
+        best = self.best_score(full) if full else None
+        series = self.history.series_of(success.metric, best.shown if best else "live") if success else {}
         self.tracker.tags({"verdict": success_verdict(success, series, epoch)})
         self.console.epoch(epoch, figures)
         self.diagnose()
@@ -230,27 +209,28 @@ class TrainingRun(Participant):
         if place == findings_file("cheap", None):
             self.tracker.tags(finding_tags(self.diagnosis))
 
-    def say_if_nothing_chooses(self, base: Measurement) -> None:
+    def say_if_nothing_chooses(self, choosing: dict[str, Measurement], full: dict[str, Measurement]) -> None:
         """Where the metric that chooses is not computed, the last checkpoint is what a run ends with."""
         evaluation = self.config.evaluation
-        asked = [(evaluation.best_metric, "the last checkpoint will be taken for the best")]
-        asked += [(evaluation.success.metric, "whether the run succeeds cannot be told")] if evaluation.success else []
-        notes = {name: note for report in base.reports for name, note in report.notes.items()}
-        for name, then in asked:
+        asked = [(choosing, evaluation.best_metric, "the last checkpoint will be taken for the best")]
+        if evaluation.success:
+            asked.append((full, evaluation.success.metric, "whether the run succeeds cannot be told"))
+        for measured, name, then in asked:
+            base = measured["live"]
+            notes = {name: note for report in base.reports for name, note in report.notes.items()}
             metric = name.partition("_progress")[0]
             if metric not in base.figures and not metric.startswith("val_"):
                 why = notes.get(metric) or self.panels.notes.get(metric) or "no extractor of metrics.per_epoch gives it"
                 self.console.say(f"{metric} is not computed ({why}): {then}")
 
-    def best_score(self, measured: dict[str, Measurement]) -> Score | None:
-        """The better of the measured weights, by the configured metric."""
-        metric = self.config.evaluation.best_metric
-        scores = []
-        for shown, measurement in measured.items():
-            value = score(measurement.figures | {f"val_{k}": v for k, v in measurement.validation.items()}, metric)
-            if value is not None:
-                scores.append(Score(value, shown))
-        return min(scores, key=lambda one: one.value) if scores else None
+    def settle(self, candidate: Candidate, seen: Observation) -> None:
+        """Measure and log in full what only had quick figures."""
+        epoch, shown = candidate.epoch, candidate.shown
+        measurement = self.evaluator.judge(seen, shown, self.history.baseline())
+        figures = named(measurement, shown)
+        self.tracker.epoch(epoch, figures)
+        self.tracker.link(self.tracker.checkpoint(epoch, shown, figures), epoch, figures)
+        self.history.amend(epoch, figures)
 
     def report(self, epoch: int, shown: str, verdict: str) -> None:
         """Write `report.html`, about the checkpoint of this epoch and these weights."""
@@ -262,7 +242,7 @@ class TrainingRun(Participant):
             verdict=verdict,
             grids=self.album.grids(shown),
             settings=self.settings_shown,
-            identities=[panel.reference.identity for panel in self.panels.panels],
+            identities=tuple(self.identities().values()),
             notes=self.panels.notes,
             extra=() if self.diagnosis is None else (diagnosis_section(self.diagnosis),),
         )
@@ -277,7 +257,7 @@ class TrainingRun(Participant):
         epoch = int(best["epoch"]) if best else self.history.measured()[-1]
         bundle = self.folder / "sampler"
         shutil.rmtree(bundle, ignore_errors=True)
-        file = store.folder / name / ("ema.safetensors" if shown == "ema" else "weights.safetensors")
+        file = weights_file(store.folder / name, shown)
         prompts, digests = self.material.source.prompts, self.material.digests
         with phase("writing the sampler"):
             write_bundle(bundle, self.config, BundleSource(file, prompts, self.settings, shown, digests))
@@ -287,9 +267,9 @@ class TrainingRun(Participant):
         self.tracker.tags({"best.epoch": str(epoch), "best.weights": shown, "verdict": verdict})
         self.diagnose()  # once more: the last evaluation may have made other weights the best
         self.report(epoch, shown, verdict)
-        return TrainingResult(
-            self.tracker.run_id, self.folder, bundle, epoch, shown, self.history.figures(epoch), verdict
-        )
+        quick = tuple(f"{group(each, quick=True)}/" for each in ("live", "ema"))
+        figures = {key: value for key, value in self.history.figures(epoch).items() if not key.startswith(quick)}
+        return TrainingResult(self.tracker.run_id, self.folder, bundle, epoch, shown, figures, verdict)
 
 
 def _origin(config: RunConfig) -> str:

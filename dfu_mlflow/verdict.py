@@ -83,6 +83,8 @@ def success_verdict(success: SuccessConfig | None, series: dict[int, float], tra
         for epoch, value in series.items()
         if epoch > 0 and (success.by_epoch is None or epoch <= success.by_epoch)
     }
+    if not counted and success.by_epoch is not None and trained_epochs < success.by_epoch:
+        return f"open: {rule}; not measured yet"
     if not counted:
         return f"cannot be told: {success.metric} was not computed ({rule})"
     if success.below is not None:

@@ -104,7 +104,13 @@ def small_config_at(random_base: Path, photographs: Path) -> Callable[[Path], Ru
             "data": {"root": str(photographs), "group_by": r"^P(\d+)", "cache_dir": str(folder / "cache")},
             "train": {"epochs": 2, "steps_per_epoch": 3, "batch_size": 4, "learning_rate": 3e-4, "warmup_steps": 2},
             "sampling": {"num_inference_steps": 2},
-            "evaluation": {"samples": 12, "grid_per_class": 2, "validation_images": 6, "validation_timesteps": 4},
+            "evaluation": {
+                "budget": None,
+                "samples": 12,
+                "grid_per_class": 2,
+                "validation_images": 6,
+                "validation_timesteps": 4,
+            },
             "tracking": {"log_every_steps": 1, "system_metrics": False},
         }
         return validate(RunConfig, tree)

@@ -73,7 +73,7 @@ def trial_config(config: RunConfig) -> RunConfig:
             f"--evaluation.best_metric {config.evaluation.best_metric} does not change with guidance, and tune judges "
             "every training at its own best guidance: name a figure of the pictures, such as kid or fd"
         )
-    change: Values = {"resume": "none"}
+    change: Values = {"resume": "none", "evaluation.budget": None}  # tune.samples is what a trial is judged by
     asked = {
         "train.epochs": tune.epochs,
         "train.steps_per_epoch": tune.steps_per_epoch,

@@ -28,6 +28,9 @@ class SuccessConfig(Section):
 class EvaluationConfig(Section):
     """What is measured after each epoch."""
 
+    budget: Annotated[float, Field(gt=0.0)] | None = 0.25
+    """UNet passes of all evaluations, as a share of training's: the untouched base and the last epoch are measured in
+    full, the epochs between them on as many pictures as that leaves (`eval_quick/...`). None measures all in full."""
     every_epochs: Positive = 1
     samples: Annotated[int, Field(ge=0)] = 240
     """Images generated for the metrics, divided over the classes; at most what is held out is compared."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from dfu_mlflow.diagnosis.bench import Bench
@@ -20,6 +21,10 @@ BEST_WEIGHTS_TAG = "best.weights"
 """Tag: `live` or `ema`, which weights of the best checkpoint were better."""
 CLASSES_TAG = "classes"
 """Tag: how many classes the run's photographs have."""
+PICTURES_TAG = "quick.pictures"
+"""Tag: pictures of a quick evaluation, where a run has such."""
+GROUPS = MappingProxyType({"eval": "eval_quick", "eval_ema": "eval_quick_ema"})
+"""What figures of full evaluations are logged under, and those of quick ones."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Case:
         name: as the user called it.
         settings: dotted key -> value, only what is known: all of them for a run of this project, for a foreign one
             what its own configuration says.
-        curves: what was logged while it ran.
+        curves: what was logged while it ran; with more quick evaluations than full ones `eval/...` are the quick ones'.
         tags: MLflow's, or none.
         life: None for what is no MLflow run.
         bench: base, data, weights and pictures, loaded when asked for.
@@ -57,6 +62,9 @@ class Case:
     life: Life | None = None
     bench: Bench | None = None
     lacking: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "curves", comparable(self.curves))
 
     def setting(self, key: str) -> Any:
         """The value of a setting.
@@ -154,3 +162,23 @@ class Case:
         if self.bench is None:
             raise Lacking(self.lacking.get("bench", "neither base nor checkpoint is at hand"))
         return self.bench
+
+
+def comparable(curves: Curves) -> Curves:
+    """Curves in which `eval/...` is of one kind of evaluation: of the quick ones where these have more points.
+
+    The two are measured on different numbers of pictures and are never mixed.
+    """
+    prefix = f"{GROUPS['eval']}/"
+    quick_points = {name.removeprefix(prefix): len(curves[name]) for name in curves if name.startswith(prefix)}
+    if not any(count > len(curves.get(f"eval/{name}", {})) for name, count in quick_points.items()):
+        return curves
+    full = tuple(f"{group}/" for group in GROUPS)
+    kept = {name: points for name, points in curves.items() if not name.startswith(full)}
+    for group, quick in GROUPS.items():
+        kept |= {
+            f"{group}/{name.removeprefix(f'{quick}/')}": points
+            for name, points in curves.items()
+            if name.startswith(f"{quick}/")
+        }
+    return kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dfu_mlflow.config import RunConfig, flatten
-from dfu_mlflow.diagnosis.case import BEST_WEIGHTS_TAG, CLASSES_TAG, STEPS_TAG, Case
+from dfu_mlflow.diagnosis.case import BEST_WEIGHTS_TAG, CLASSES_TAG, PICTURES_TAG, STEPS_TAG, Case
 from dfu_mlflow.diagnosis.diagnose import Diagnosis, diagnose
 
 
@@ -16,11 +16,14 @@ class Watch:
         config: the run's.
         steps_per_epoch: optimizer steps.
         classes: how many there are.
+        pictures: that quick evaluations compare; None where there are none.
     """
 
-    def __init__(self, config: RunConfig, steps_per_epoch: int, classes: int) -> None:
+    def __init__(self, config: RunConfig, steps_per_epoch: int, classes: int, pictures: int | None = None) -> None:
         self.settings = flatten(config)
         self.facts = {STEPS_TAG: str(steps_per_epoch), CLASSES_TAG: str(classes)}
+        if pictures is not None:
+            self.facts[PICTURES_TAG] = str(pictures)
         self.steps_per_epoch = steps_per_epoch
         self.rates: dict[int, float] = {}
         """Learning rate of each step of this process."""

@@ -38,9 +38,14 @@ class FeatureRows:
 
 
 def proportional_counts(class_ids: torch.Tensor, total: int) -> dict[int, int]:
-    """Divide `total` over the classes as `class_ids` [N] are divided: largest remainders, ties to the lower class."""
+    """Divide `total` over the classes as `class_ids` [N] are divided, see `divided`."""
     classes, sizes = torch.unique(class_ids, return_counts=True)
-    shares = {int(c): total * int(size) / len(class_ids) for c, size in zip(classes, sizes, strict=True)}
+    return divided(dict(zip(classes.tolist(), sizes.tolist(), strict=True)), total)
+
+
+def divided(sizes: Mapping[int, int], total: int) -> dict[int, int]:
+    """Divide `total` over classes in proportion to their sizes: largest remainders, ties to the lower class."""
+    shares = {c: total * size / sum(sizes.values()) for c, size in sizes.items()}
     counts = {c: int(share) for c, share in shares.items()}
     by_remainder = sorted(shares, key=lambda c: (counts[c] - shares[c], c))
     for c in by_remainder[: total - sum(counts.values())]:

@@ -72,6 +72,7 @@ class ReferenceSettings:
         metrics: what is computed, by name in `catalogue.METRICS`.
         names: figure -> the name it is reported under, where that is another: `fd` is `fid` for Inception features.
         judge: whether a classifier on these features says which class a picture shows.
+        drawn: how the pictures are drawn, where that is not how their model draws.
     """
 
     extractor: str
@@ -82,6 +83,7 @@ class ReferenceSettings:
     metrics: tuple[str, ...] = ("frechet", "kernel")
     names: Mapping[str, str] = field(default_factory=dict)
     judge: bool = True
+    drawn: str = ""
 
 
 class Reference:
@@ -138,7 +140,7 @@ class Reference:
             UserError: for a `base` of another identity, or features that cannot be compared.
         """
         if MIN_IMAGES <= len(features) < self.size:
-            return self._with_size(len(features)).report(features, class_ids, base, weights)
+            return self.resized(len(features)).report(features, class_ids, base, weights)
         report = EvalReport({}, self.identity, weights, dict(self.notes))
         if min(len(features), self.size) < MIN_IMAGES:
             reason = f"{min(len(features), len(self._chosen))} pictures to compare, at least {MIN_IMAGES} are needed"
@@ -194,8 +196,9 @@ class Reference:
     def _figures(self) -> list[str]:
         return [self._name(figure) for metric in self._metrics for figure in metric.figures]
 
-    def _with_size(self, size: int) -> Reference:
-        return Reference(self.real, replace(self.settings, samples=size))
+    def resized(self, samples: int, drawn: str = "") -> Reference:
+        """The same photographs for another number of pictures, drawn otherwise if `drawn` says how."""
+        return Reference(self.real, replace(self.settings, samples=samples, drawn=drawn or self.settings.drawn))
 
     def _add_floor(self) -> None:
         names = {figure: f"{self._name(figure)}_floor" for metric in self._metrics for figure in metric.floor}
@@ -308,5 +311,6 @@ def _identity(settings: ReferenceSettings, size: int, held_out: int) -> str:
     text = (
         f"{settings.extractor}; {size} generated, {size} of {held_out} real; seed {settings.seed};"
         f" data {settings.data_digest[:12] or 'unnamed'}; {settings.floor_draws} floor draws; protocol {PROTOCOL}"
+        f"{settings.drawn and f'; {settings.drawn}'}"
     )
     return f"{text}; {hashlib.sha256(f'{text}{settings.data_digest}'.encode()).hexdigest()[:8]}"

@@ -13,6 +13,8 @@ Figures = Mapping[str, float]
 LABELS = {"fid": "FID", "fd": "FD", "kid": "KID", "fd_dinov2": "FD, DINOv2", "kid_dinov2": "KID, DINOv2"}
 """What the best known figures are called; the others go by their names."""
 FLOORS = ("_floor", "_autoencoder_floor")
+QUICK = "eval_quick"
+"""Group of figures of quick evaluations."""
 SUFFIXES = ("_low", "_high", *FLOORS, "_progress")
 
 
@@ -72,24 +74,32 @@ def other_table(figures: Figures, group: str) -> Table:
     return Table("", ("metric", "value"), rows)
 
 
+def with_quick(epochs: Mapping[int, Figures]) -> bool:
+    """Were some epochs evaluated on fewer pictures?"""
+    return any(name.startswith(f"{QUICK}/") for figures in epochs.values() for name in figures)
+
+
 def epoch_axes(epochs: Mapping[int, Figures]) -> tuple[Axis, ...]:
-    """Headlines and validation loss by epoch; live weights and their average."""
+    """Headlines and validation loss by epoch; live weights and their average. Quick figures where there are any."""
     axes = []
     last = epochs[max(epochs)]
+    live = QUICK if with_quick(epochs) else "eval"
     for name in LABELS:
-        curves = [_curve(epochs, f"{group}/{name}", label) for group, label in (("eval", "live"), ("eval_ema", "EMA"))]
+        groups = ((live, "live"), (f"{live}_ema", "EMA"))
+        curves = [_curve(epochs, f"{group}/{name}", called) for group, called in groups]
         if not curves[0].points:
             continue
         levels = [
-            Level(called, last[f"eval/{name}{kind}"])
+            Level(called, last[f"{live}/{name}{kind}"])
             for kind, called in zip(FLOORS, ("floor", "autoencoder's floor"), strict=True)
-            if f"eval/{name}{kind}" in last
+            if f"{live}/{name}{kind}" in last
         ]
-        axes.append(Axis(label(name), tuple(curve for curve in curves if curve.points), tuple(levels)))
+        title = f"{label(name)}, quick" if live == QUICK else label(name)
+        axes.append(Axis(title, tuple(curve for curve in curves if curve.points), tuple(levels)))
     axes.append(Axis("validation loss", (_curve(epochs, "val/loss", "live"), _curve(epochs, "val_ema/loss", "EMA"))))
-    accuracy = _curve(epochs, "eval/class_accuracy", "live")
+    accuracy = _curve(epochs, f"{live}/class_accuracy", "live")
     if accuracy.points:
-        levels = [Level("reconstructed photographs", last["eval/class_accuracy_reconstructed"])]
+        levels = [Level("reconstructed photographs", last[f"{live}/class_accuracy_reconstructed"])]
         axes.append(Axis("class named right", (accuracy,), tuple(levels)))
     return tuple(axes)
 

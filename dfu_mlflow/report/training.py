@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dfu_mlflow.report.document import Picture, Report, Section, Table, png_source, svg_source
-from dfu_mlflow.report.figures import Figures, epoch_axes, headline_table, other_table
+from dfu_mlflow.report.figures import Figures, epoch_axes, headline_table, other_table, with_quick
 from dfu_mlflow.report.plots import curve_row
 
 PLOTS_A_ROW = 2
@@ -54,7 +54,7 @@ def training_report(story: TrainingStory) -> Report:
             tables=(headline_table(base, best, group), other_table(best, group)),
         ),
         *story.extra,
-        Section("By epoch", ("Epoch 0 is the untouched base. Bands are 95 % intervals.",), _curves(story)),
+        Section("By epoch", _explained(story), _curves(story)),
         Section("Samples", ("Fixed seeds: a column shows one seed becoming another picture.",), _samples(story)),
         Section("Settings", tables=(Table("", ("setting", "value"), tuple(story.settings.items())),)),
     )
@@ -62,7 +62,7 @@ def training_report(story: TrainingStory) -> Report:
 
 
 def _summary(story: TrainingStory, base: Figures, best: Figures, group: str) -> tuple[str, ...]:
-    sentences = [f"{len(story.epochs) - 1} epochs of {story.settings.get('method', '?')} fine-tuning."]
+    sentences = [f"{max(story.epochs)} epochs of {story.settings.get('method', '?')} fine-tuning."]
     key = f"{group}/kid"
     if "eval/kid_low" in base and f"{key}_high" in best:
         if best[f"{key}_high"] < base["eval/kid_low"]:
@@ -73,6 +73,17 @@ def _summary(story: TrainingStory, base: Figures, best: Figures, group: str) -> 
             said = "KID cannot be told apart from the untouched base's: it went"
         sentences.append(f"{said} from {base['eval/kid']:.3g} to {best[key]:.3g}.")
     return (*sentences, f"Success: {story.verdict}.")
+
+
+def _explained(story: TrainingStory) -> tuple[str, ...]:
+    said = ("Epoch 0 is the untouched base. Bands are 95 % intervals.",)
+    if not with_quick(story.epochs):
+        return said
+    return (
+        *said,
+        "Quick figures (eval_quick/...) are of fewer pictures, the same seeds at every epoch, so that evaluation keeps "
+        "to its budget: they are compared with each other alone, and the figures above are full ones.",
+    )
 
 
 def _curves(story: TrainingStory) -> tuple[Picture, ...]:

@@ -212,7 +212,7 @@ def test_training_goes_on_from_the_best_checkpoint(small_config: RunConfig, tmp_
 
 def test_epochs_that_are_not_evaluated_have_losses_too(small_config: RunConfig, tmp_path: Path) -> None:
     train = {"epochs": 4, "steps_per_epoch": 1}
-    config = changed(small_config, {"train": train, "evaluation": {"every_epochs": 3}})
+    config = changed(small_config, {"train": train})
     told: list[tuple[str, int, int]] = []
 
     def hook(kind: str) -> Callable[[int, dict[str, float]], None]:
@@ -221,7 +221,14 @@ def test_epochs_that_are_not_evaluated_have_losses_too(small_config: RunConfig, 
     build(
         config,
         tmp_path,
-        Hooks(hook("evaluated"), lambda *_: None, lambda: None, lambda: False, passed=hook("passed")),
+        Hooks(
+            hook("evaluated"),
+            lambda *_: None,
+            lambda: None,
+            lambda: False,
+            passed=hook("passed"),
+            due=lambda epoch: epoch == 3,
+        ),
     ).fit()
     assert told == [("evaluated", 0, 0), ("passed", 1, 1), ("passed", 2, 1), ("evaluated", 3, 1), ("evaluated", 4, 1)]
 

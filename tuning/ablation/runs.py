@@ -66,7 +66,7 @@ class Experiment:
         Raises:
             ConfigError: for settings that do not exist or do not go together.
         """
-        values: dict[str, Any] = dict(self.plan.common)
+        values: dict[str, Any] = {"evaluation.budget": None} | dict(self.plan.common)
         for name, level in cell.items():
             values |= self.plan.factors[name][level]
         folder = self.config.output_dir / folder_name(cell, seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dfu_mlflow.diagnosis.case import Case
+from dfu_mlflow.diagnosis.case import PICTURES_TAG, Case
 from dfu_mlflow.diagnosis.check import Check
 from dfu_mlflow.diagnosis.finding import Figure, Finding, Healthy
 from dfu_mlflow.diagnosis.lacking import Lacking
@@ -23,7 +23,7 @@ class SmallSampleFid(Check):
 
     def examine(self, case: Case) -> Finding | Healthy:
         """It matters where the distance chooses; where KID chooses it is worth a note at most."""
-        samples = int(case.setting("evaluation.samples"))
+        samples = int(case.tags.get(PICTURES_TAG) or case.setting("evaluation.samples"))
         logged = next((name for name in DIMENSIONS if case.curves.get(f"eval/{name}")), None)
         if logged is None and "evaluation.best_metric" not in case.settings:
             raise Lacking("no distance was logged, and nothing says what chooses the checkpoint")
