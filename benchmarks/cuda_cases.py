@@ -39,9 +39,9 @@ CASES = (
     Case("chain", "chain", "sdxl_lora_12gb", starts=3.0),
     Case("lora_12gb@high", "training", "sdxl_lora_12gb", high=True),
     Case("full_24gb@high", "training", "sdxl_full_24gb", high=True),
-    Case("sample@high", "sampling", "sdxl_lora", high=True),
+    Case("sample@high", "sampling", "sdxl_full", high=True),
     Case("full_24gb@low", "training", "sdxl_full_24gb"),
-    Case("sample@low", "sampling", "sdxl_lora"),
+    Case("sample@low", "sampling", "sdxl_full"),
     Case("lora@high", "training", "sdxl_lora", high=True),
     Case("lora@low", "training", "sdxl_lora"),
     Case("optimizers", "optimizers", "sdxl_lora", starts=0.5),
@@ -116,6 +116,6 @@ def case_config(request: Request) -> RunConfig:
             "tracking.experiment": "benchmarks.cuda",
         }
     if request.small:
-        flags["adapter.rank"] = 4
+        flags |= {"adapter.rank": 4, "train.batch_size": 1, "train.gradient_accumulation_steps": 1}
     given = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     return load(RunConfig, case.preset, [*given, *case.changes])

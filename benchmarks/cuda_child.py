@@ -37,7 +37,7 @@ from dfu_mlflow.errors import UserError
 from dfu_mlflow.optimizers import build_optimizer, state_bytes
 from dfu_mlflow.participant import TrainingResult
 from dfu_mlflow.preparation import prepare, read_source
-from dfu_mlflow.runtime import make_current, pick_device, use_precision
+from dfu_mlflow.runtime import make_current, pick_device, release_memory, use_precision
 from dfu_mlflow.sampling import Sampler, Settings
 from dfu_mlflow.trainer import Hooks, Trainer
 from registry.publish import publish
@@ -197,6 +197,7 @@ def run_chain(request: Request, device: torch.device, record: Record) -> None:
             "sample": {"per_class": 2, "filter_colour": False},
         }
     )
+    release_memory()  # the entry point `sample` has a process of its own
     with peaks.phase("sample"):
         sampled = sample(wanted)
     written = len(list((Path(request.folder) / "samples").rglob("*.png")))

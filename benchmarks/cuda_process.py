@@ -38,7 +38,7 @@ def run_child(
         child = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.cuda_child", json.dumps(request.tree()), str(sending)],
             cwd=request.folder,
-            env={**environment, "PYTHONPATH": str(ROOT)},
+            env={**environment, "PYTHONPATH": os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])},
             stdout=output,
             stderr=subprocess.STDOUT,
             pass_fds=[sending],
