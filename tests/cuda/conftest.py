@@ -57,9 +57,12 @@ def fresh_accelerate() -> Iterator[None]:
 
 
 @pytest.fixture
-def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_float32() -> Iterator[None]:
     """Convolutions of a card round their inputs to TF32 unless told not to."""
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    own: Any = torch.backends.cudnn
+    kept, own.conv.fp32_precision = own.conv.fp32_precision, "ieee"
+    yield
+    own.conv.fp32_precision = kept
 
 
 @pytest.fixture

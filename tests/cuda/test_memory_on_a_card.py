@@ -18,7 +18,8 @@ from dfu_mlflow.memory import GIB
 from dfu_mlflow.runtime import release_memory
 from dfu_mlflow.trainer import Trainer
 
-pytestmark = pytest.mark.cuda
+# What libraries warn of on a card is not known yet.
+pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("default")]
 
 Build = Callable[..., Trainer]
 

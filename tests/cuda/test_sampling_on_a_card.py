@@ -24,7 +24,8 @@ from registry.package import RegisteredSampler
 from registry.sampler_pool import SamplerPool
 from tests.registry.serving.conftest import running
 
-pytestmark = pytest.mark.cuda
+# What libraries warn of on a card is not known yet.
+pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("default")]
 
 SETTINGS = Settings(3.0, 4, 64, (80, 96), scheduler="dpmpp_2m")
 LABELS, SEEDS = ["I", "P", "R", "P"], [3, 5, 8, 13]
@@ -95,9 +96,9 @@ def test_a_sampler_goes_on_with_smaller_batches_on_a_card_that_is_too_small(
     device: torch.device, by_cpu: Sampler, caplog: pytest.LogCaptureFixture
 ) -> None:
     sampler = open_sampler(device)
-    labels, seeds = LABELS * 8, list(range(32))
-    few = held(sampler, 4, labels, seeds)
-    many = held(sampler, 32, labels, seeds)
+    labels, seeds = LABELS * 4, list(range(16))
+    few = held(sampler, 2, labels, seeds)
+    many = held(sampler, 16, labels, seeds)
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction((few + many) / 2 / total, device)
@@ -107,7 +108,7 @@ def test_a_sampler_goes_on_with_smaller_batches_on_a_card_that_is_too_small(
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0, device)
     assert_alike(found, by_cpu.draw(labels, seeds))
-    assert ("out of memory with 32 rows at once: going on with 16" in caplog.text) == (device.type == "cuda")
+    assert ("out of memory with 16 rows at once: going on with 8" in caplog.text) == (device.type == "cuda")
 
 
 def held(sampler: Sampler, batch_size: int, labels: list[str], seeds: list[int]) -> int:

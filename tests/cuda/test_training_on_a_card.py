@@ -19,7 +19,8 @@ from dfu_mlflow.optimizers import build_optimizer, state_bytes
 from dfu_mlflow.runtime import move
 from dfu_mlflow.trainer import Trainer
 
-pytestmark = pytest.mark.cuda
+# What libraries warn of on a card is not known yet.
+pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("default")]
 
 Build = Callable[..., Trainer]
 CPU = torch.device("cpu")
@@ -63,7 +64,7 @@ def test_fused_adamw_moves_weights_as_the_plain_one_does(device: torch.device) -
     config = TrainConfig(learning_rate=1e-3)
     source = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=source) for shape in ((7,), (64, 64), (16, 8, 3, 3))]
-    ours, plain = ([nn.Parameter(value.to(device)) for value in start] for _ in range(2))
+    ours, plain = ([nn.Parameter(value.to(device, copy=True)) for value in start] for _ in range(2))
     fused = build_optimizer(ours, config)
     betas = (config.beta1, config.beta2)
     other = torch.optim.AdamW(

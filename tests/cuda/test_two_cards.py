@@ -15,7 +15,8 @@ from mlflow import MlflowClient
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import dump_yaml, merge, validate
 
-pytestmark = pytest.mark.cuda
+# What libraries warn of on a card is not known yet.
+pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("default")]
 
 ROOT = Path(__file__).resolve().parents[2]
 
