@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from dfu_mlflow.config import RunConfig, load
 from dfu_mlflow.config.load import validate
 from dfu_mlflow.ema import ExponentialMovingAverage
 from dfu_mlflow.errors import ConfigError
-from dfu_mlflow.memory import memory_plan
+from dfu_mlflow.memory import GIB, TrainingMemory, training_memory
+from dfu_mlflow.memory_limits import Limits
+from dfu_mlflow.memory_phases import CUDA_BYTES, run_memory
 from dfu_mlflow.objective import predict
 from dfu_mlflow.optimizers import build_optimizer, state_bytes
 from dfu_mlflow.types import Conditioning
@@ -98,22 +101,31 @@ def test_activations_are_what_the_allocator_is_asked_for(
 
 @pytest.mark.parametrize(("preset", "card_gib"), [("sdxl_full_24gb", 24), ("sdxl_lora_12gb", 12)])
 def test_presets_fit_their_cards(preset: str, card_gib: float) -> None:
-    gib = memory_plan(load(RunConfig, preset), SDXL)["memory_gib"]
-    cuda = 1.5  # context, libraries' workspaces, what the allocator cannot use: not in the plan
-    assert sum(gib.values()) + cuda < card_gib, gib
-    assert gib["EMA"] == 0.0
+    config = load(RunConfig, preset)
+    memory = run_memory(config, SDXL, shared=False, libraries=0.0)
+    largest = memory.largest_on_device()
+    assert largest.on_device() + CUDA_BYTES < card_gib * GIB, largest
+    assert all("EMA" not in phase.device for phase in memory.phases)
+    assert Limits(config, host=64 * GIB, device=card_gib * GIB).lacking(memory) is None
+    lacking = Limits(config, host=64 * GIB, device=largest.on_device()).lacking(memory)
+    assert lacking is not None
+    assert f"while {largest.name}" in lacking
 
 
 def test_gradients_of_a_fused_backward_pass_are_not_kept(random_base: Path) -> None:
     change: dict[str, Any] = {"adapter": {"method": "full"}, "train": {"max_grad_norm": None}}
-    kept = memory_plan(validate(RunConfig, change), str(random_base))["memory_gib"]
+
+    def planned() -> TrainingMemory:
+        return training_memory(validate(RunConfig, change), str(random_base))
+
+    kept = planned()
     change["train"]["fused_backward"] = True
-    fused = memory_plan(validate(RunConfig, change), str(random_base))["memory_gib"]
-    assert kept["gradients"] == kept["UNet"]
-    assert {**fused, "gradients": kept["gradients"]} == kept
-    assert fused["gradients"] == 0.0
+    fused = planned()
+    assert kept.gradients == kept.unet
+    assert replace(fused, gradients=kept.gradients) == kept
+    assert fused.gradients == 0.0
     change["loss"] = {"perceptual_loss": {"enabled": True}}  # its share of the gradient needs all of it, once an epoch
-    assert memory_plan(validate(RunConfig, change), str(random_base))["memory_gib"]["gradients"] == kept["gradients"]
+    assert planned().gradients == kept.gradients
 
 
 def test_frozen_matrices_in_bf16_change_no_bit_of_a_step_in_bf16(random_base: Path) -> None:

@@ -8,7 +8,8 @@ import torch
 from dfu_mlflow.base.adapters import attach, trainable_fraction
 from dfu_mlflow.base.published import meta_modules
 from dfu_mlflow.config import RunConfig, load, preset_names
-from dfu_mlflow.memory import count, memory_plan
+from dfu_mlflow.memory import GIB, count, training_memory
+from dfu_mlflow.memory_phases import run_memory
 
 
 @pytest.mark.parametrize(("preset", "trained"), [("sdxl_lora", 334_888_960), ("sdxl_full", 2_567_463_684)])
@@ -33,19 +34,19 @@ def test_every_preset_loads() -> None:
 
 
 def test_memory_plan_of_full_fine_tuning_counts_every_copy() -> None:
-    plan = memory_plan(load(RunConfig, "sdxl_full"), "stabilityai/stable-diffusion-xl-base-1.0")
-    gib = plan["memory_gib"]
-    assert gib["UNet"] == gib["gradients"] == gib["EMA"] == pytest.approx(9.565, abs=1e-3)
-    assert gib["optimizer"] == pytest.approx(2 * gib["UNet"])
-    assert plan["checkpoint_gib"] == pytest.approx(4 * gib["UNet"])
-    assert gib["activations"] > 1
-    assert plan["host_memory_gib"] == {
-        "text encoders, until prompts are encoded": pytest.approx(3.047, abs=1e-3),
-    }
+    parts = training_memory(load(RunConfig, "sdxl_full"), "stabilityai/stable-diffusion-xl-base-1.0")
+    assert parts.unet == parts.gradients == parts.ema == pytest.approx(9.565 * GIB, rel=1e-4)
+    assert parts.optimizer == pytest.approx(2 * parts.unet)
+    assert parts.checkpoint == pytest.approx(4 * parts.unet)
+    assert parts.activations > GIB
 
 
 def test_an_average_on_the_host_leaves_the_device() -> None:
     config = load(RunConfig, "sdxl_full", ["--ema.on_host", "true"])
-    plan = memory_plan(config, "stabilityai/stable-diffusion-xl-base-1.0")
-    assert plan["memory_gib"]["EMA"] == 0.0
-    assert plan["host_memory_gib"]["EMA"] == plan["memory_gib"]["UNet"]
+    memory = run_memory(config, "stabilityai/stable-diffusion-xl-base-1.0", shared=False, libraries=0.0)
+    phases = {phase.name: phase for phase in memory.phases}
+    assert phases["encoding prompts"].host["text encoders, until prompts are encoded"] == pytest.approx(
+        3.047 * GIB, rel=1e-3
+    )
+    assert "EMA" not in phases["evaluation"].device
+    assert phases["evaluation"].host["EMA"] == phases["evaluation"].device["UNet"]

@@ -75,9 +75,9 @@ Serving = Callable[..., AbstractContextManager[Running]]
 
 
 @contextmanager
-def running(model: str, token: str | None, **limits: object) -> Iterator[Running]:
+def running(model: str, token: str | None, device: str = "cpu", **limits: object) -> Iterator[Running]:
     config = ServeConfig.model_validate(
-        {"model": model, "device": "cpu", "serve": {"port": 0, "poll_s": 0.2, "timeout_s": 60, **limits}}
+        {"model": model, "device": device, "serve": {"port": 0, "poll_s": 0.2, "timeout_s": 60, **limits}}
     )
     with listen(config.serve) as listener:
         server = build_server(config, token)
