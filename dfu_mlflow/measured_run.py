@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dfu_mlflow.base_evaluation import seen_before
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.confirmation import Candidate, candidates, full_score, lacks_figures
+from dfu_mlflow.data import dataset_digest
 from dfu_mlflow.evaluator import Baseline, Measurement, Observation
 from dfu_mlflow.history import History
 from dfu_mlflow.participant import Equipment, Look, Participant
@@ -46,8 +49,16 @@ class MeasuredRun(Participant):
 
     def observe(self, epoch: int) -> tuple[Observation | None, Observation | None]:
         """Look at the weights in the UNet; at the untouched base once for all runs that share it."""
-        known = epoch == 0 and self.quick is None and self.base_identity() in self.baselines
-        return (None, None) if known else super().observe(epoch)
+        if epoch > 0:
+            return super().observe(epoch)
+        if self.quick is None and self.base_identity() in self.baselines:
+            return None, None
+        observe = partial(super().observe, epoch)
+        if self.ranks.count > 1:  # the others would wait for a share that is not computed
+            return observe()
+        material, adapter = self.material, self.config.adapter.model_dump_json()
+        facts = f"{self.base_identity()} {self.plan.protocol} {adapter} {dataset_digest(material.source.split)}"
+        return seen_before(material.cache.folder, facts, material.device, observe)
 
     def measure(self, epoch: int, shown: str, seen: Observation | None, base: Baseline | None) -> Measurement:
         """The figures of what was seen; the untouched base's once for all runs that share it."""

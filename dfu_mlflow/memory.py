@@ -17,6 +17,7 @@ from dfu_mlflow.base.adapters import attach, store_frozen
 from dfu_mlflow.base.published import meta_modules
 from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.errors import UserError
+from dfu_mlflow.memory_figures import remembered
 from dfu_mlflow.optimizers import state_bytes
 
 GIB = 2**30
@@ -74,7 +75,7 @@ def training_memory(config: RunConfig, source: str) -> TrainingMemory:
         gradients=_gradient_bytes(weights, config),
         optimizer=_optimizer_bytes(weights, config),
         ema=4.0 * trained if config.ema.enabled else 0.0,
-        activations=float(activation_bytes(unet, edge, config)),
+        activations=remembered(config.data, _facts(unet, edge, config), lambda: activation_bytes(unet, edge, config)),
         checkpoint=_checkpoint_bytes(weights, config),
     )
 
@@ -126,6 +127,14 @@ def nearest(path: Path) -> Path:
     while not os.path.lexists(place):
         place = place.parent
     return place
+
+
+def _facts(unet: Any, edge: int, config: RunConfig) -> dict[str, Any]:
+    """What a training step's activations depend on."""
+    train = config.train
+    step = [train.batch_size, train.gradient_checkpointing, train.mixed_precision, train.fused_backward]
+    adapter = config.adapter.model_dump(mode="json")
+    return {"step": step, "unet": dict(unet.config), "edge": edge, "adapter": adapter, "device": config.device}
 
 
 def _attached(unet: Any, config: RunConfig) -> list[nn.Parameter]:

@@ -23,6 +23,7 @@ from dfu_mlflow.base.weight_files import GROUP_BYTES, weight_files
 from dfu_mlflow.config.schema import AdapterConfig, RunConfig
 from dfu_mlflow.data.dataset import encoded_at_once
 from dfu_mlflow.memory import GIB, count, training_memory
+from dfu_mlflow.memory_figures import remembered
 from dfu_mlflow.photograph_features import MAX_BATCH, restored_at_once
 from dfu_mlflow.validation import rows_at_once
 
@@ -97,7 +98,7 @@ def run_memory(config: RunConfig, source: str, shared: bool, libraries: float) -
     optimizer = {"optimizer": parts.optimizer}
     beside = {**host, **(average if config.ema.on_host else {})}
     on_card = {**held, **({} if config.ema.on_host else average)}
-    evaluating = max(sizes.drawing(config.adapter, trained=True), sizes.decoding, sizes.validating(config.adapter))
+    evaluating = max(sizes.drawing(config.adapter), sizes.decoding)
     phases = [
         *_preparing(sizes, host),
         PhaseMemory("loading the UNet", held, {**host, "file": float(GROUP_BYTES)}),
@@ -126,7 +127,7 @@ def evaluation_memory(config: RunConfig, source: str, shared: bool, libraries: f
     sizes = _Sizes(config, source)
     host = {"libraries": libraries}
     adapter = config.adapter
-    drawing = max(sizes.drawing(adapter), sizes.decoding, sizes.validating(adapter))
+    drawing = max(sizes.drawing(adapter), sizes.decoding)
     device = {"UNet": sizes.drawn_unet(adapter), "autoencoder": sizes.vae, "activations": drawing}
     return RunMemory((*_preparing(sizes, host), PhaseMemory("evaluation", device, host)), shared)
 
@@ -155,6 +156,8 @@ class _Sizes:
         modules = meta_modules(source)
         vae: Any = modules["vae"]
         self._vae = vae
+        unet: Any = modules["unet"]
+        self._unet_config = unet.config
         self.vae = 4.0 * count(modules["vae"])
         self.text = 4.0 * sum(count(modules[name]) for name in TEXT_ENCODERS)
         self.mapped = sum(_file_bytes(source, name, modules[name]) for name in TEXT_ENCODERS)
@@ -187,17 +190,20 @@ class _Sizes:
         """The UNet's weights as it is drawn with, an adapter's among them."""
         return float(sum(weight.nbytes for weight in self._drawn(adapter).parameters()))
 
-    def drawing(self, adapter: AdapterConfig, trained: bool = False) -> float:
-        """One solver step of a batch."""
-        guided = self.config.sampling.guidance_scale > 1
-        rows, precision = self.config.sampling.batch_size, self.config.train.mixed_precision
-        return float(drawing_bytes(self._drawn(adapter, trained), self.edge, rows, precision, guided))
-
-    def validating(self, adapter: AdapterConfig) -> float:
-        """One pass over the validation grid's photographs."""
-        rows = min(self.config.evaluation.validation_images, rows_at_once(self.edge))
-        precision = self.config.train.mixed_precision
-        return float(drawing_bytes(self._drawn(adapter), self.edge, rows, precision, guided=False))
+    def drawing(self, adapter: AdapterConfig) -> float:
+        """One solver step of a batch, or one pass over the validation grid, whichever sees more pictures."""
+        config = self.config
+        guided = 2 if config.sampling.guidance_scale > 1 else 1
+        validated = min(config.evaluation.validation_images, rows_at_once(self.edge))
+        rows, precision = max(guided * config.sampling.batch_size, validated), config.train.mixed_precision
+        facts = {
+            "pass": [rows, precision, self.edge],
+            "unet": dict(self._unet_config),
+            "adapter": adapter.model_dump(mode="json"),
+        }
+        return remembered(
+            config.data, facts, lambda: drawing_bytes(self._drawn(adapter), self.edge, rows, precision, guided=False)
+        )
 
     def drawing_memory(self, adapter: AdapterConfig, host: Mapping[str, float]) -> list[PhaseMemory]:
         """A sampler that is loaded and draws."""
@@ -208,19 +214,15 @@ class _Sizes:
             PhaseMemory("sampling", {**unet, "activations": max(self.drawing(adapter), self.decoding)}, host),
         ]
 
-    def _drawn(self, adapter: AdapterConfig, trained: bool = False) -> Any:
-        """A UNet of shapes in the precisions that it is drawn with; in training, in those it is trained in."""
+    def _drawn(self, adapter: AdapterConfig) -> Any:
+        """A UNet of shapes in the precisions that it is drawn with."""
         unet: Any = meta_modules(self.source)["unet"]
         half = self.config.train.mixed_precision != "no" and not (adapter.method == "lora" and adapter.use_dora)
         with torch.device("meta"):
             attach(unet, adapter, seed=0)
             if adapter.method == "full":
                 unet.requires_grad_(False)
-            kept = (
-                adapter if trained else adapter.model_copy(update={"frozen_dtype": "bfloat16" if half else "float32"})
-            )
-            if not trained or adapter.method == "lora":
-                store_frozen(unet, kept)
+            store_frozen(unet, adapter.model_copy(update={"frozen_dtype": "bfloat16" if half else "float32"}))
         return unet
 
 

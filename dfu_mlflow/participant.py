@@ -153,7 +153,7 @@ class Participant:
 
     def look(self, epoch: int, live: Look | None) -> Look:
         """Look at the weights in the UNet; `live` is what was seen of the live ones where these are their average."""
-        moved = self.origin.displacement(self.material.pipe.unet) if self.origin else 0.0
+        moved = self.origin.displacement(self.material.pipe.unet) if self.origin and epoch > 0 else 0.0
         if self.quick is None or self.plan.full(epoch):
             return Look(moved, *self.observe(epoch))
         if live is not None and self.ranks.decided(lambda: moved > SAME * live.moved > 0, "the average's coverage"):

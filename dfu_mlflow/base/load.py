@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from dfu_mlflow.base.half_on_cpu import speed_up_half
 from dfu_mlflow.base.weight_files import FileDigests, read_tensors_in_turn, weight_files
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.phases import phase
@@ -152,6 +153,7 @@ class BaseModel:
                 unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
             _fill(unet, files, matrices, place)
         unet.register_to_config(_name_or_path=str(folder))
+        speed_up_half(unet, place)
         return unet.to(place).requires_grad_(False).eval()
 
     def _explained(self) -> AbstractContextManager[None]:

@@ -52,20 +52,26 @@ class Origin:
         base's files are gone meanwhile.
         """
         try:
-            return math.sqrt(sum(_squares(change) for change in self._changes(unet))) / self._norm
+            squares = self._squares_of_changes(unet) if self._full else self._squares_of_adapters(unet)
+            return math.sqrt(sum(squares)) / self._norm
         except (OSError, SafetensorError) as error:
             logger.warning("how far the weights moved is not measured: the base's files cannot be read: %s", error)
             return math.nan
 
-    def _changes(self, unet: nn.Module) -> Iterator[torch.Tensor]:
-        """What was added to each matrix by LoRA, or to each weight."""
-        if not self._full:
-            layers: list[Any] = [layer for layer in unet.modules() if isinstance(layer, LoraLayer)]
-            yield from (layer.get_delta_weight(ADAPTER) for layer in layers)
-            return
+    def _squares_of_changes(self, unet: nn.Module) -> Iterator[float]:
+        """Of what was added to each weight."""
         weights = dict(unet.named_parameters())
         for name, start in self._starts():
-            yield weights[name].float() - start.to(weights[name]).float()
+            yield _squares(weights[name].float() - start.to(weights[name]).float())
+
+    def _squares_of_adapters(self, unet: nn.Module) -> Iterator[float]:
+        """The same of each LoRA, without making the matrix that it adds: ||s B A||^2 = s^2 tr(B'B AA')."""
+        layers: list[Any] = [layer for layer in unet.modules() if isinstance(layer, LoraLayer)]
+        for layer in layers:
+            factors = (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
+            down, up = (weight.detach().double().flatten(1) for weight in factors)
+            inner = (up.T @ up) * (down @ down.T)
+            yield float(layer.scaling[ADAPTER]) ** 2 * max(0.0, float(inner.sum()))
 
     def _starts(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The base's weights by name, one at a time."""

@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "bundle_format",
         "checkpoint",
         "memory",
+        "memory_figures",
         "metrics",
         "objective",
         "pass_timing",
@@ -48,6 +49,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "validation",
     ),
     (
+        "base_evaluation",
         "batches",
         "confirmation",
         "engine_choice",
