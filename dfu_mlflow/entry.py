@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from dfu_mlflow.config.load import described
 from dfu_mlflow.errors import Interrupted, UserError
 from dfu_mlflow.lean_imports import leave_out_triton
+from dfu_mlflow.threading_policy import adapt_waiting
 
 USER_ERROR_CODE = 2
 INTERRUPTED_CODE = 130
@@ -74,6 +75,7 @@ def run(
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one bar for each small file otherwise
     leave_out_triton()
+    adapt_waiting()
     given = sys.argv[1:] if arguments is None else arguments
     try:
         if {"-h", "--help"} & set(given):

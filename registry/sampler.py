@@ -20,6 +20,7 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.sampling import Sampler, Settings
+from dfu_mlflow.threading_policy import adapt_waiting
 from registry.picture import picture_facts, png
 
 MAX_ROWS = 64
@@ -52,6 +53,7 @@ class SamplerModel(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the bundle onto the device."""
+        adapt_waiting()  # MLflow's own server and the trial in a clean process come here by no entry point
         self.configure(
             Sampler.load(
                 Path(context.artifacts["bundle"]), device=str((context.model_config or {}).get("device", "auto"))

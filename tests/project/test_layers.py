@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lean_imports",
         "ranks",
         "runtime",
+        "threading_policy",
         "types",
     ),
     ("base", "conditioning", "data", "denoising", "ema", "fused", "optimizers", "schedules"),
