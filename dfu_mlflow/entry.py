@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from dfu_mlflow.config.load import described
 from dfu_mlflow.errors import Interrupted, UserError
 from dfu_mlflow.lean_imports import leave_out_triton
+from dfu_mlflow.threading_policy import adapt_waiting
 
 USER_ERROR_CODE = 2
 INTERRUPTED_CODE = 130
@@ -77,6 +78,7 @@ def run(
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # a new store tells of each of its tables
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # phases say that something is fetched
     leave_out_triton()
+    adapt_waiting()
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # in a pipe, too, lines come when they are printed, and whole
     given = sys.argv[1:] if arguments is None else arguments

@@ -21,6 +21,7 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from dfu_mlflow.bundle_format import Settings
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.sampling import Sampler
+from dfu_mlflow.threading_policy import adapt_waiting
 from registry.picture import picture_facts, png
 
 MAX_ROWS = 64
@@ -53,6 +54,7 @@ class SamplerModel(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the bundle onto the device."""
+        adapt_waiting()  # MLflow's own server and the trial in a clean process come here by no entry point
         self.configure(
             Sampler.load(
                 Path(context.artifacts["bundle"]), device=str((context.model_config or {}).get("device", "auto"))

@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "phases",
         "ranks",
         "runtime",
+        "threading_policy",
         "types",
     ),
     ("base", "conditioning", "data", "denoising", "ema", "fused", "optimizers", "schedules"),
