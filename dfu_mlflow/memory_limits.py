@@ -16,6 +16,7 @@ from dfu_mlflow.config.schema import RunConfig
 from dfu_mlflow.errors import ConfigError, UserError
 from dfu_mlflow.memory import GIB
 from dfu_mlflow.memory_phases import CUDA_BYTES, PhaseMemory, RunMemory, libraries_bytes
+from dfu_mlflow.runtime import release_memory
 
 CGROUPS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
@@ -69,6 +70,7 @@ def require_memory(config: RunConfig, device: torch.device, estimate: Estimate) 
     Raises:
         UserError: naming the largest phase, and settings with which it fits.
     """
+    release_memory()  # what an earlier run of this process left is none of its libraries
     source, shared, libraries = resolve_base(config.base_model), device.type != "cuda", libraries_bytes()
     memory = estimate(config, source, shared, libraries)
     limits = Limits(config, free_host_bytes(), None if shared else free_device_bytes(device))

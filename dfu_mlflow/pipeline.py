@@ -32,7 +32,7 @@ from dfu_mlflow.panels import build_panels
 from dfu_mlflow.participant import Equipment, Participant, TrainingResult
 from dfu_mlflow.perceptual import build_perceptual
 from dfu_mlflow.phases import phase
-from dfu_mlflow.preparation import Material, prepare, read_source
+from dfu_mlflow.preparation import Material, Source, prepare, read_source
 from dfu_mlflow.ranks import Ranks, joined
 from dfu_mlflow.resume import check_same_run
 from dfu_mlflow.runtime import make_current, pick_device
@@ -73,15 +73,9 @@ def run_training(
             _check_single(ranks)
         config = config.model_copy(update={"runtime": _runtime(config, ranks)})
         check_disk(config, resolve_base(config.base_model))
-        if ranks.count == 1:  # several share the batch, and some of them the weights
-            require_memory(config, device, run_memory)
         resumed_from = ranks.decided(lambda: _claimed_checkpoint(config, held), "the start")
         with ranks.main_first("preparation"):
-            source = read_source(config)
-            check_names(config.evaluation, source.split.classes)
-            if ranks.main:  # hours of encoding are not to end at a store or a folder that cannot be written
-                check_output_folder(config.output_dir)
-                check_store()
+            source = _checked_source(config, ranks, device)
             checkpoint = load_checkpoint(resumed_from) if resumed_from else None
             digest = dataset_digest(source.split)
             if checkpoint is not None:
@@ -106,6 +100,18 @@ def run_training(
         if publish is not None:
             publish(result)
     return result
+
+
+def _checked_source(config: RunConfig, ranks: Ranks, device: torch.device) -> Source:
+    """The photographs; whatever else would end the run later on is said now, before hours of encoding."""
+    source = read_source(config)
+    check_names(config.evaluation, source.split.classes)
+    if ranks.main:
+        check_output_folder(config.output_dir)
+        check_store()
+    if ranks.count == 1:  # several share the batch, and some of them the weights
+        require_memory(config, device, run_memory)
+    return source
 
 
 def _check_single(ranks: Ranks) -> None:
