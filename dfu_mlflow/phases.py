@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 PATIENCE_S = 5.0
 """A phase that is over by then says nothing in a log."""
+FINAL_S = 10.0
+"""A phase that is over by then is not told of a second time."""
 INTERVAL_S = 14.0
 """Between lines: nobody waits for more than 15 s, the thread's own second included."""
 TICK_S = 0.5
@@ -48,7 +50,7 @@ class Progress:
         self._board = board
         self.name, self.total, self.unit, self.keep = name, total, unit, keep
         self.done = 0.0
-        self.said = False
+        self.said = self.named = False  # by a line of its own; by one of its own or of an inner phase
         self.began_s = board.now()
         self.thread = threading.get_ident()
         self._first = 0.0
@@ -98,7 +100,8 @@ class Progress:
         """Count, words, seconds, time left."""
         parts = [self.count(), self._words, duration(now_s - self.began_s)]
         left_s = self.left_s(now_s)
-        parts += [f"{duration(left_s)} left"] if left_s is not None else []
+        complete = self.total is not None and self.done >= self.total
+        parts += [f"{duration(left_s)} left"] if left_s is not None and not complete else []
         return ", ".join(part for part in parts if part)
 
 
@@ -179,7 +182,7 @@ class Board:
             self._idle_since_s = self.now()
             if self._bars is not None:
                 self._guarded(lambda: self._undraw(progress))
-            elif progress.said and self._idle_since_s - progress.began_s >= PATIENCE_S:
+            elif progress.said and self._idle_since_s - progress.began_s >= FINAL_S:
                 self._guarded(lambda: self._write(self._last_line(progress, how)))
 
     def _watch(self) -> None:
@@ -214,13 +217,14 @@ class Board:
         quiet_s = now_s - max(self._spoke_s, self._busy_since_s)
         news = [one for one in self._open if now_s - one.began_s >= PATIENCE_S]
         if quiet_s < INTERVAL_S:
-            if not news or news[-1].said:
+            if not news or news[-1].named:
                 return
             newest = news[-1]
         outer = [one for one in self._open if one.thread == newest.thread and one is not newest]
         outer = [one for one in outer if self._open.index(one) < self._open.index(newest)]
         for one in (*outer, newest):
-            one.said = True
+            one.named = True
+        newest.said = True
         names = [" ".join(filter(None, (one.name, one.count()))) for one in outer]
         self._write(f"{' > '.join([*names, newest.name])}: {newest.state(now_s)}")
 
