@@ -234,8 +234,10 @@ class Tracker:
         return model_id
 
     def link(self, model_id: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Show figures of this run beside a model that another run made, on the evaluation dataset."""
-        self._link(model_id, step, metrics)
+        """Show figures of this run beside a model, on the evaluation dataset; those that it shows are left out."""
+        shown = self._client.get_logged_model(model_id).metrics or []
+        known = {point.key for point in shown if point.step == step and point.run_id == self.run_id}
+        self._link(model_id, step, {key: value for key, value in metrics.items() if _metric_name(key) not in known})
 
     def flush(self) -> None:
         """Block until every point is stored. Call it before a checkpoint is written: what a resumed run does not

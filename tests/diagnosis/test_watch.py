@@ -21,7 +21,7 @@ from dfu_mlflow.checkpoint import CheckpointStore
 from dfu_mlflow.conditioning import FED
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
-from dfu_mlflow.diagnosis.case import CLASSES_TAG, STEPS_TAG
+from dfu_mlflow.diagnosis.case import CLASSES_TAG, STEPS_TAG, Case
 from dfu_mlflow.diagnosis.diagnose import diagnose
 from dfu_mlflow.diagnosis.finding import Finding, Healthy
 from dfu_mlflow.diagnosis.report import BUDGET_TAG
@@ -220,3 +220,17 @@ def test_a_cheap_look_never_replaces_a_full_one(ill: tuple[TrainingResult, str])
 def client_text(run_id: str, name: str) -> str:
     """An artifact of a run."""
     return Path(MlflowClient().download_artifacts(run_id, name)).read_text(encoding="utf-8")
+
+
+def test_quick_figures_are_read_where_they_have_more_points() -> None:
+    full = {"eval/kid": {0: 5.0, 2: 2.0}, "eval/I/kid": {0: 5.0, 2: 2.0}, "eval_ema/kid": {2: 3.0}}
+    quick = {"eval_quick/kid": {0: 6.0, 1: 4.0, 2: 3.0}, "eval_quick_ema/kid": {1: 9.0}}
+    other = {"val/loss": {0: 0.5, 1: 0.4, 2: 0.3}}
+    curves = Case("a run", {}, full | quick | other).curves
+    assert curves["eval/kid"] == quick["eval_quick/kid"]
+    assert curves["eval_ema/kid"] == quick["eval_quick_ema/kid"]
+    assert "eval/I/kid" not in curves, "of full evaluations alone"
+    assert curves["val/loss"] == other["val/loss"]
+    ends = {"eval_quick/kid": {0: 6.0, 2: 3.0}}
+    assert Case("a run", {}, full | ends | other).curves["eval/kid"] == full["eval/kid"]
+    assert Case("a run", {}, full).curves == full

@@ -97,6 +97,23 @@ def test_plots_are_whole_drawings(story: TrainingStory) -> None:
     assert effects.count("<path") > 10
 
 
+def test_curves_are_of_quick_figures_and_headlines_of_full_ones(story: TrainingStory) -> None:
+    quick = {
+        epoch: {f"eval_quick/{name.removeprefix('eval/')}": value for name, value in epoch_figures(kid).items()}
+        for epoch, kid in ((0, 6.5), (1, 4.5), (2, 2.5))
+    }
+    full = {0: epoch_figures(6.0), 1: {}, 2: epoch_figures(2.0)}
+    epochs = {epoch: full[epoch] | quick[epoch] for epoch in quick}
+    told = replace(story, epochs=epochs, best_epoch=2)
+    axis = epoch_axes(epochs)[0]
+    assert axis.title == "KID, quick"
+    assert {epoch: point[0] for epoch, point in axis.curves[0].points.items()} == {0.0: 6.5, 1.0: 4.5, 2.0: 2.5}
+    html = render(training_report(told))
+    assert "Quick figures (eval_quick/...)" in html
+    assert headline_table(epochs[0], epochs[2], "eval").rows[0][1:3] == ("2 [1.5, 2.5]", "6 [5.5, 6.5]")
+    assert "Quick figures" not in render(training_report(story))
+
+
 def test_album_gives_back_what_it_kept(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     grids = {label: rng.integers(0, 255, (8, 16, 3), dtype=np.uint8) for label in ("a/b", "c")}
