@@ -21,8 +21,8 @@ from pathlib import Path
 
 import mlflow
 import torch
-from benchmarks.cuda_base import REAL, write_random_base
 
+from benchmarks.cuda_base import REAL, write_random_base
 from benchmarks.real_size_process import Address, Run, free_port, run_to_its_end, serve_one
 
 SIZE = {
@@ -129,7 +129,7 @@ def row(done: Run) -> str:
     kept = "yes" if done.good(REFUSED if done.name == "promote" else 0) and done.peak_gb <= limit else "NO"
     return (
         f"| {done.name} | {done.code} | {done.seconds:.0f} s | {done.peak_gb:.1f} GB | {done.tree_gb:.1f} GB | "
-        f"{limit:.0f} GB: {kept} | {done.silence_s:.0f} s |"
+        f"{limit:.0f} GB: {kept} | {done.silence_s:.0f} s after {done.silent_after!r} |"
     )
 
 

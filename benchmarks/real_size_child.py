@@ -25,7 +25,7 @@ POLL_S = 0.05
 NAMES: Mapping[str, tuple[str, ...]] = {
     "encoding prompts": ("loading the text encoders", "encoding prompts"),
     "caching latents": ("loading the autoencoder", "caching latents"),
-    "features of photographs": ("features of",),
+    "features of photographs": ("features of photographs",),
     "loading the UNet": ("loading the UNet",),
     "training": ("training",),
     "evaluation": ("sampling for evaluation", "validation loss"),
@@ -64,9 +64,10 @@ def plans_kept() -> Iterator[list[RunMemory]]:
     kept: list[RunMemory] = []
     original = memory_limits.require_memory
 
-    def keeping(config: RunConfig, *rest: object) -> RunMemory:
-        kept.append(original(config, *rest))  # type: ignore[arg-type]
-        return kept[-1]
+    def keeping(config: RunConfig, *rest: object) -> RunMemory | None:
+        found = original(config, *rest)  # type: ignore[arg-type]
+        kept.extend([found] if found is not None else [])
+        return found
 
     import dfu_mlflow.pipeline as pipeline
 
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
         code = train.main(flags)
     peaks.done.set()
     peaks.join()
-    planned = {phase.name: phase.on_host(plans[0].shared) for phase in plans[0].phases}
+    planned = {phase.name: phase.on_host(plan.shared) for plan in plans for phase in plan.phases}
     both = {
         name: {"planned": size / GIB, "measured": peaks.found.get(name, 0.0) / GIB} for name, size in planned.items()
     }

@@ -34,6 +34,7 @@ class Run:
         peak_gb: resident memory of the largest process, by the kernel's account.
         tree_gb: of it and its children together, looked at ten times a second.
         silence_s: longest time without a line of output.
+        silent_after: the line before it.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Run:
     peak_gb: float
     tree_gb: float
     silence_s: float
+    silent_after: str
 
     def good(self, allowed: int) -> bool:
         """It ended as it should."""
@@ -68,6 +70,7 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self.process, self.log = psutil.Process(pid), log
         self.tree = self.largest = self.silence_s = 0.0
+        self.silent_after = ""
         self.done = threading.Event()
 
     def run(self) -> None:
@@ -84,7 +87,14 @@ class Watch(threading.Thread):
             now = self.log.stat().st_size
             if now != size:
                 size, since = now, time.monotonic()
-            self.silence_s = max(self.silence_s, time.monotonic() - since)
+            silence_s = time.monotonic() - since
+            if silence_s > self.silence_s:
+                self.silence_s, self.silent_after = silence_s, self.last_line()
+
+    def last_line(self) -> str:
+        """Of the log, shortened."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return lines[-1][:60] if lines else "its start"
 
 
 def run_to_its_end(name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> Run:
@@ -100,7 +110,7 @@ def run_to_its_end(name: str, command: Sequence[str], environment: Mapping[str, 
         watch.join()
     seconds = time.monotonic() - start_s
     peak = max(usage.ru_maxrss * 1024.0, watch.largest)
-    return Run(name, child.returncode, seconds, peak / GB, watch.tree / GB, watch.silence_s)
+    return Run(name, child.returncode, seconds, peak / GB, watch.tree / GB, watch.silence_s, watch.silent_after)
 
 
 def serve_one(
@@ -130,7 +140,7 @@ def serve_one(
             watch.join()
             _end(child)
     seconds = time.monotonic() - start_s
-    return Run(name, code, seconds, watch.largest / GB, watch.tree / GB, watch.silence_s)
+    return Run(name, code, seconds, watch.largest / GB, watch.tree / GB, watch.silence_s, watch.silent_after)
 
 
 def free_port() -> int:

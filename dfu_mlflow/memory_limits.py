@@ -38,6 +38,9 @@ MENDS: tuple[Mapping[str, Any], ...] = (
 )
 """Settings that take less memory, those that change least of what is learned first."""
 
+SMALL_BYTES, PLENTY_BYTES = 0.1 * GIB, 6 * GIB
+"""Of a base's files, and of free memory, for which nothing is estimated."""
+
 Estimate = Callable[[RunConfig, str, bool, float], RunMemory]
 
 
@@ -61,8 +64,8 @@ def free_device_bytes(device: torch.device) -> float:
     return float(free) + float(torch.cuda.memory_reserved(device))
 
 
-def require_memory(config: RunConfig, device: torch.device, estimate: Estimate) -> RunMemory:
-    """Refuse what the system would kill; gives back the estimate.
+def require_memory(config: RunConfig, device: torch.device, estimate: Estimate) -> RunMemory | None:
+    """Refuse what the system would kill; gives back the estimate, None where a small base needs none.
 
     Args:
         estimate: of the memory of what is about to be done.
@@ -72,6 +75,8 @@ def require_memory(config: RunConfig, device: torch.device, estimate: Estimate) 
     """
     release_memory()  # what an earlier run of this process left is none of its libraries
     source, shared, libraries = resolve_base(config.base_model), device.type != "cuda", libraries_bytes()
+    if shared and _plainly_fits(config, Path(source)):
+        return None
     memory = estimate(config, source, shared, libraries)
     limits = Limits(config, free_host_bytes(), None if shared else free_device_bytes(device))
     lacking = limits.lacking(memory)
@@ -79,6 +84,14 @@ def require_memory(config: RunConfig, device: torch.device, estimate: Estimate) 
         return memory
     advice = _advice(config, lambda other: limits.lacking(estimate(other, source, shared, libraries)) is None)
     raise UserError(f"{lacking}: {advice}")
+
+
+def _plainly_fits(config: RunConfig, base: Path) -> bool:
+    """A base of some ten million weights on a machine with plenty: an estimate would take longer than loading it."""
+    if config.runtime.memory_limit_gib is not None or not base.is_dir():
+        return False
+    size = sum(file.stat().st_size for file in base.glob("*/*.safetensors"))
+    return size < SMALL_BYTES and free_host_bytes() > PLENTY_BYTES
 
 
 class Limits:

@@ -26,6 +26,7 @@ from dfu_mlflow.panels import Panels
 from dfu_mlflow.preparation import Material, sampling_settings
 from dfu_mlflow.quick_evaluation import SAME, quick_evaluator, quick_part
 from dfu_mlflow.ranks import Ranks
+from dfu_mlflow.runtime import release_memory
 from dfu_mlflow.trainer import Hooks, Parts, Score, Trainer
 
 
@@ -145,6 +146,7 @@ class Participant:
 
     def evaluate(self, epoch: int, training: dict[str, float]) -> Score | None:
         """An epoch is done (0: none yet): look at its weights together, and let the main rank say how good they are."""
+        release_memory()  # what the steps before left in the allocators' hands
         looks: dict[str, Look] = {}
         for shown in self.shown_weights(epoch):
             with self.weights_of(shown), self.trainer.engine.whole():

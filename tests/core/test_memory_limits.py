@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 
+from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig
-from dfu_mlflow.config.load import merge, validate
+from dfu_mlflow.config.load import dump_yaml, merge, validate
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.memory import GIB
 from dfu_mlflow.memory_limits import Limits, free_host_bytes, require_memory
 from dfu_mlflow.memory_phases import PhaseMemory, RunMemory, evaluation_memory, run_memory
 from dfu_mlflow.runtime import pick_device
+from entrypoints import train
 
 CPU = pick_device("cpu")
 
@@ -25,7 +27,9 @@ def limited(config: RunConfig, gib: float, **changes: Any) -> RunConfig:
 
 
 def test_a_run_that_fits_is_let_through(small_config: RunConfig) -> None:
-    memory = require_memory(small_config, CPU, run_memory)
+    assert require_memory(small_config, CPU, run_memory) is None, "a small base is not worth an estimate"
+    memory = require_memory(limited(small_config, 64), CPU, run_memory)
+    assert memory is not None
     assert [phase.name for phase in memory.phases] == [
         "encoding prompts",
         "caching latents",
@@ -92,3 +96,18 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     whole = free_host_bytes()
     (tmp_path / "memory.max").write_text("max")
     assert whole < free_host_bytes()
+
+
+def test_the_command_ends_with_2_before_it_starts(
+    small_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_yaml(limited(small_config, 0.05)))
+    place = tmp_path / "place"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    assert entry.run(train.main, ["--config", str(file), "--output_dir", "out"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: it would take ")
+    assert last.endswith("no setting mends that here: take a machine with more memory")
+    assert not (place / "out").exists()

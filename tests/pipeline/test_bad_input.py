@@ -183,9 +183,3 @@ def test_full_disk(run: Run, tmp_path: Path) -> None:
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", disk], check=True)
-
-
-def test_a_run_that_the_system_would_kill_is_not_started(run: Run) -> None:
-    message = run("--runtime.memory_limit_gib", "0.05")
-    assert "GiB of this machine's memory while" in message
-    assert "no setting mends that here" in message
