@@ -243,7 +243,7 @@ def test_a_finding_does_not_depend_on_what_is_shown_beside_it(small_config: RunC
     noisy = NoisyValidation().run(Case("a run", flatten(small_config), curves, bench=bench))
     assert isinstance(noisy, Finding)
     assert "captions" in str(noisy.evidence["spread_over_redraws"].value)
-    weights = {name: 1.01 * weight for name, weight in bench.base.unet.named_parameters()}
+    weights = {name: 1.01 * weight for name, weight in bench.base.unet().named_parameters()}
     save_file(weights, tmp_path / "weights.safetensors")
     photographs = bench.split.train[:: len(bench.split.train) // 24]
     folder = write_pictures(tmp_path / "drawn", photographs, evaluation_pixels(photographs, small_config.data).numpy())
@@ -270,7 +270,7 @@ def test_prior_reliance_is_measured(small_config: RunConfig) -> None:
 def test_a_class_with_one_held_out_patient_keeps_what_needs_no_second_one(
     small_config: RunConfig, tmp_path: Path
 ) -> None:
-    weights = {name: 1.5 * weight for name, weight in Bench(small_config, NO_WEIGHTS).base.unet.named_parameters()}
+    weights = {name: 1.5 * weight for name, weight in Bench(small_config, NO_WEIGHTS).base.unet().named_parameters()}
     save_file(weights, tmp_path / "weights.safetensors")
     small = changed(small_config, {"data": {"validation_fraction": 0.05}})
     bench = Bench(small, WeightFiles(tmp_path / "weights.safetensors"))
@@ -294,7 +294,7 @@ def test_photographs_of_one_patient_count_as_one(small_config: RunConfig, tmp_pa
     wanted = [float(values[[each == owner for each in owners]].mean()) for owner in sorted(set(owners))]
     assert 1 < len(wanted) < len(rows)
     assert bench.by_patient(torch.stack([values - 1, values + 1], dim=1)).tolist() == wanted
-    weights = {name: 1.5 * weight for name, weight in bench.base.unet.named_parameters()}
+    weights = {name: 1.5 * weight for name, weight in bench.base.unet().named_parameters()}
     save_file(weights, tmp_path / "weights.safetensors")
     moved = Bench(small_config, WeightFiles(tmp_path / "weights.safetensors"))
     outcome = TextMismatch().run(Case("a run", flatten(small_config), bench=moved))
@@ -310,11 +310,11 @@ def test_photographs_of_one_patient_count_as_one(small_config: RunConfig, tmp_pa
 
 def test_moved_weights_draw_other_pictures(small_config: RunConfig, tmp_path: Path) -> None:
     """The bench's fine-tuned network is the base plus the change, and the base stays as it was."""
-    base = Bench(small_config, NO_WEIGHTS).base.unet
+    base = Bench(small_config, NO_WEIGHTS).base.unet()
     before = {name: weight.detach().clone() for name, weight in base.named_parameters()}
     save_file({name: 1.5 * weight for name, weight in before.items()}, tmp_path / "weights.safetensors")
     bench = Bench(small_config, WeightFiles(tmp_path / "weights.safetensors"))
     moved = dict(bench.unet("live").named_parameters())
     assert all(torch.allclose(moved[name], 1.5 * weight) for name, weight in before.items())
-    assert all(torch.equal(weight, before[name]) for name, weight in bench.base.unet.named_parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in bench.unet("base").named_parameters())
     assert not torch.equal(bench.losses("live"), bench.losses("base"))
