@@ -165,13 +165,13 @@ class Bench:
 
     def model(self, shown: Shown, settings: Settings | None = None, parts: tuple[str, ...] = ("prompts",)) -> Sampler:
         """The same for losses, to which it does not matter how the run draws."""
-        self.require(*parts)
+        self.require_material(*parts)
         self._change(shown)  # says at once where there are none
         return self._sampler(shown, settings)
 
     def base_sampler(self, settings: Settings | None = None) -> Sampler:
         """Draws with the untouched base."""
-        self.require("prompts", "sampling")
+        self.require_material("prompts", "sampling")
         return self._sampler("base", settings)
 
     def _sampler(self, who: Literal["base", "live", "ema"], settings: Settings | None) -> Sampler:
@@ -297,6 +297,11 @@ class Bench:
         for part in parts:
             if part in self.unnamed:
                 raise Lacking(self.unnamed[part])
+
+    def require_material(self, *parts: str) -> None:
+        """The same after base and photographs, whose lack is said first."""
+        assert self.material
+        self.require(*parts)
 
     def _files(self) -> WeightFiles:
         if isinstance(self.files, str):

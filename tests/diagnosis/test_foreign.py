@@ -122,7 +122,7 @@ def test_a_resolution_that_nobody_stated_is_the_bases_own_or_lacking(
     silent = Told(None, {}, {}, {}, None, "no weights", {}, foreign=True)
     native = build_case(options, silent, {"base_model": str(random_base)})
     assert native.bench is not None
-    assert native.bench.config.data.resolution_px == 4 * native.bench.base.unet.config.sample_size
+    assert native.bench.config.data.resolution_px == 4 * native.bench.base.config("unet")["sample_size"]
     assert "data.resolution_px" not in native.settings
     untold = shutil.copytree(random_base, tmp_path / "base")
     (untold / "vae" / "config.json").write_text("{}", encoding="utf-8")
