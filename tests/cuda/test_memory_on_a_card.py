@@ -70,13 +70,13 @@ def test_a_step_takes_what_is_planned(
     """Where gradients are kept they do not peak together with activations: the sum of the plan is too much there."""
     train = {
         **change.get("train", {}),
-        "batch_size": 48 if device.type == "cuda" else 4,
+        "batch_size": 48 if device.type == "cuda" else 2,
         "gradient_checkpointing": checkpointing,
         "mixed_precision": "bf16",
     }
     release_memory()
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    data = {"resolution_px": 128, "min_side_px": 32}
+    data = {"resolution_px": 128 if device.type == "cuda" else 64, "min_side_px": 32}
     trainer = build(device, "a", **{**change, "train": train, "data": data, "base_model": str(wider_base)})
     planned = GIB * planned_gib(trainer.config)
     assert peak_bytes(trainer, device, before) == pytest.approx(planned, rel=0.15)
