@@ -245,6 +245,8 @@ def _shared(
         texts: class label -> prompt, and the negative prompt.
     """
     base, pipe = weights.base, material.pipe
+    if isinstance(weights.tuned, FineTune):
+        weights.tuned.check(base)
     if base.digest("vae") != material.base.digest("vae"):
         pipe = with_networks(base.pipeline(), vae=base.vae().to(material.device))
     elif base is not material.base:

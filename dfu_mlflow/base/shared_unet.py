@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 
-from dfu_mlflow.base.adapters import load_weights
+from dfu_mlflow.base.adapters import attach, load_weights
 from dfu_mlflow.base.load import BaseModel
+from dfu_mlflow.base.published import meta_modules
+from dfu_mlflow.base.weight_files import TensorReader
 from dfu_mlflow.config.schema import AdapterConfig
+from dfu_mlflow.errors import UserError
 from dfu_mlflow.runtime import HALF, release_memory, use_precision
 
 
@@ -53,6 +57,23 @@ class FineTune:
     def reads_matrices(self) -> bool:
         """DoRA measures the base's matrices."""
         return self.adapter.method == "lora" and self.adapter.use_dora
+
+    def check(self, base: BaseModel) -> None:
+        """Look into the file's head, so that what does not fit is told before anything is drawn.
+
+        Raises:
+            UserError: when the file is missing or holds the weights of another model.
+        """
+        unet: Any = meta_modules(str(base.folder))["unet"]
+        with torch.device("meta"):
+            wanted = attach(unet, self.adapter, seed=0)
+        try:
+            stored = TensorReader((self.file,))
+            odd = [name for name, weight in wanted.items() if stored.shape(name) != tuple(weight.shape)]
+        except (OSError, SafetensorError, KeyError) as error:
+            odd = [" ".join(str(error).split())[:200]]
+        if odd:
+            raise UserError(f"{self.file} does not hold this model's weights: {odd[0]}")
 
     def attach(self, unet: Any) -> None:
         """Add the adapter; raises as `load_weights`."""

@@ -66,7 +66,13 @@ class TensorReader:
     """Reads tensors of weight files by name; raises `KeyError` for a name that none of them has."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self._places = {name: file for file in files for name in tensor_names(file)}
+        self._places: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for file in files:
+            with safe_open(file, framework="pt") as content:
+                for name in content.keys():  # noqa: SIM118
+                    self._places[name] = file
+                    self._shapes[name] = tuple(content.get_slice(name).get_shape())
 
     def names(self) -> set[str]:
         """All of them."""
@@ -74,8 +80,7 @@ class TensorReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Without reading the tensor."""
-        with safe_open(self._places[name], framework="pt") as content:
-            return tuple(content.get_slice(name).get_shape())
+        return self._shapes[name]
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor of its own memory; the file is closed again, or pages of it that were read would stay."""
