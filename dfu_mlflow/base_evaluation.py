@@ -80,7 +80,7 @@ def _keep(place: Path, seen: Seen) -> None:
     beside = place.with_name(f".{place.name}.{os.getpid()}")
     try:
         make_private_folder(place.parent)
-        save_file({name: value.contiguous() for name, value in tensors.items()}, beside)
+        save_file({name: value.contiguous().clone() for name, value in tensors.items()}, beside)  # some are shared
         beside.replace(place)
     except (OSError, SafetensorError):
         beside.unlink(missing_ok=True)
