@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,19 +26,20 @@ CGROUPS = (
 """Limit and use of the container that this process is in: version 2, version 1."""
 MENDS: tuple[Mapping[str, Any], ...] = (
     {"ema.on_host": True},
-    {"train.gradient_checkpointing": True},
-    {"train.batch_size": 1},
     {"sampling.batch_size": 1},
     {"train.optimizer": "adafactor"},
+    {"ema.enabled": False},
+    {"train.gradient_checkpointing": True},
+    {"train.batch_size": 1},
     {"train.fused_backward": True, "train.max_grad_norm": None, "train.gradient_accumulation_steps": 1},
     {"train.mixed_precision": "bf16"},
     {"adapter.frozen_dtype": "bfloat16"},
-    {"ema.enabled": False},
     {"adapter.method": "lora"},
     {"data.resolution_px": 512},
 )
-"""Settings that take less memory, those that change least of what is learned first."""
-
+"""Settings that take less memory, those first whose effect is known at once."""
+ADVICE_S = 45.0
+"""Estimates at the real size take up to a minute each: by then the error is told without the rest of them."""
 SMALL_BYTES, PLENTY_BYTES = 0.1 * GIB, 6 * GIB
 """Of a base's files, and of free memory, for which nothing is estimated."""
 
@@ -134,12 +136,19 @@ def _too_much(phase: PhaseMemory, needed: float, free: float, where: str, shared
 def _advice(config: RunConfig, fits: Callable[[RunConfig], bool]) -> str:
     """The fewest changes with which it fits: one that is enough by itself, else several together."""
     together: dict[str, Any] = {}
+    untried: list[Mapping[str, Any]] = []
+    end_s = time.monotonic() + ADVICE_S
     for change in _changes(config):
+        if time.monotonic() > end_s:
+            untried.append(change)
+            continue
         if fits(_changed(config, change)):
             return f"it fits with {_flags(change)}"
         together |= change
         if len(together) > len(change) and _valid(config, together) and fits(_changed(config, together)):
             return f"it fits with {_flags(together)}"
+    if untried:
+        return f"these take less, and were not tried in time: {', '.join(map(_flags, untried))}"
     return "no setting mends that here: take a machine with more memory"
 
 
