@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -26,6 +27,11 @@ from benchmarks.cuda_memory import Peaks, planned_gib
 
 Figures = dict[str, Any]
 GIB = 2**30
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("DFU_CUDA_STAND_IN") != "cpu",
+    reason="minutes of training for a benchmark of cards: DFU_CUDA_STAND_IN=cpu runs it on the CPU",
+)
 
 
 @pytest.fixture(scope="module")
