@@ -101,7 +101,7 @@ def run_memory(config: RunConfig, source: str, shared: bool, libraries: float) -
     evaluating = max(sizes.drawing(config.adapter), sizes.decoding)
     phases = [
         *_preparing(sizes, host),
-        PhaseMemory("loading the UNet", held, {**host, "file": float(GROUP_BYTES)}),
+        PhaseMemory("loading the UNet", held, {**host, "file": sizes.mapped_unet}),
         PhaseMemory(
             "training",
             {**on_card, **optimizer, "gradients": parts.gradients, "activations": parts.activations},
@@ -158,6 +158,7 @@ class _Sizes:
         self._vae = vae
         unet: Any = modules["unet"]
         self._unet_config = unet.config
+        self.mapped_unet = min(float(GROUP_BYTES), _file_bytes(source, "unet", unet))
         self.vae = 4.0 * count(modules["vae"])
         self.text = 4.0 * sum(count(modules[name]) for name in TEXT_ENCODERS)
         self.mapped = sum(_file_bytes(source, name, modules[name]) for name in TEXT_ENCODERS)
@@ -210,7 +211,7 @@ class _Sizes:
         unet = {"UNet": self.drawn_unet(adapter), "autoencoder": self.vae}
         return [
             self.text_phase(host),
-            PhaseMemory("loading the UNet", unet, {**host, "file": float(GROUP_BYTES)}),
+            PhaseMemory("loading the UNet", unet, {**host, "file": self.mapped_unet}),
             PhaseMemory("sampling", {**unet, "activations": max(self.drawing(adapter), self.decoding)}, host),
         ]
 
