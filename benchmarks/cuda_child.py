@@ -26,12 +26,13 @@ from benchmarks.cuda_flops import matmul_rate
 from benchmarks.cuda_memory import GIB, Peaks, timed
 from dfu_mlflow import participant, pipeline
 from dfu_mlflow.base.adapters import attach
-from dfu_mlflow.base.load import give_up_text_encoders, load_base
+from dfu_mlflow.base.load import BaseModel
 from dfu_mlflow.base.published import meta_modules
 from dfu_mlflow.checkpoint import CheckpointStore
 from dfu_mlflow.conditioning import encode_prompts
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.prompts import MINIMAL
+from dfu_mlflow.config.sample import SampleConfig
 from dfu_mlflow.engine_choice import build_accelerator, check_launch
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.optimizers import build_optimizer, state_bytes
@@ -41,7 +42,7 @@ from dfu_mlflow.runtime import make_current, pick_device, release_memory, use_pr
 from dfu_mlflow.sampling import Sampler, Settings
 from dfu_mlflow.trainer import Hooks, Trainer
 from registry.publish import publish
-from registry.sample import SampleConfig, sample
+from registry.sample import sample
 
 Figures = dict[str, Any]
 Record = Callable[[Figures], None]
@@ -153,9 +154,10 @@ def run_sampling(request: Request, device: torch.device, record: Record) -> None
 
 def open_sampler(config: RunConfig, device: torch.device) -> Sampler:
     """The base as `Sampler.load` opens a full fine-tune's bundle."""
-    pipe = load_base(config.base_model)
-    conditioner = encode_prompts(pipe, dict(MINIMAL), "")
-    give_up_text_encoders(pipe)
+    base = BaseModel(config.base_model)
+    conditioner = encode_prompts(base, dict(MINIMAL), "")
+    pipe = base.pipeline()
+    pipe.register_modules(vae=base.vae(), unet=base.unet())
     pipe.to(device)
     use_precision(pipe.unet, device, config.train.mixed_precision)
     px, own = config.data.resolution_px, config.sampling

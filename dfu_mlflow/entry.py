@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from dfu_mlflow.config.load import described
 from dfu_mlflow.errors import Interrupted, UserError
-from dfu_mlflow.lean_imports import leave_out_triton
+from dfu_mlflow.lean_imports import keep_bytecode, leave_out_triton
 from dfu_mlflow.threading_policy import adapt_waiting
 
 USER_ERROR_CODE = 2
@@ -77,6 +77,7 @@ def run(
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one bar for each small file otherwise
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # a new store tells of each of its tables
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # phases say that something is fetched
+    keep_bytecode()
     leave_out_triton()
     adapt_waiting()
     if isinstance(sys.stdout, TextIOWrapper):

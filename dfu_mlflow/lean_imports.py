@@ -1,11 +1,18 @@
-"""What a process has no use for is not imported by the libraries it does use."""
+"""Libraries load as fast as they can, and what a process has no use for is not loaded."""
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
+from importlib.util import cache_from_source, find_spec
+from pathlib import Path
 from types import ModuleType
+
+from dfu_mlflow.phases import phase
 
 
 class TritonFinder(MetaPathFinder):
@@ -25,3 +32,44 @@ def leave_out_triton() -> None:
     """From now on, in this process."""
     if not any(isinstance(finder, TritonFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, TritonFinder())
+
+
+def user_cache() -> Path:
+    """`$XDG_CACHE_HOME/dfu-mlflow`, or `~/.cache/dfu-mlflow`."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "dfu-mlflow"
+
+
+def keep_bytecode() -> None:
+    """Compile libraries once, not in every process, where they were installed without bytecode and none may be written.
+
+    Container images set PYTHONDONTWRITEBYTECODE, and uv installs sources alone: each command then spends three
+    quarters of a minute on compiling torch and its like. What is compiled goes to the user's cache, not beside the
+    sources; PYTHONPYCACHEPREFIX names another folder, and with it nothing is done here.
+    """
+    if not sys.dont_write_bytecode or sys.pycache_prefix is not None or _compiled("torch"):
+        return
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(user_cache() / "bytecode")
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix  # of processes that are started from here
+    del os.environ["PYTHONDONTWRITEBYTECODE"]
+
+
+def _compiled(library: str) -> bool:
+    spec = find_spec(library)
+    return spec is None or spec.origin is None or Path(cache_from_source(spec.origin)).exists()
+
+
+@contextmanager
+def loading_libraries() -> Iterator[None]:
+    """A phase for imports, without Python's search for cycles, which finds none and takes a fifth of the time.
+
+    Afterwards it leaves their half a million objects alone: each full search is 0.6 s faster.
+    """
+    with phase("loading the libraries"):
+        gc.disable()
+        try:
+            yield
+        finally:
+            gc.enable()
+    if not gc.get_freeze_count():
+        gc.freeze()

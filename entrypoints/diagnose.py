@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig, load
 from dfu_mlflow.errors import UserError
-from dfu_mlflow.phases import phase
+from dfu_mlflow.lean_imports import loading_libraries
 
 OPTIONS = {
     **dict.fromkeys(("run", "checkpoint", "images", "embeddings", "curves"), ""),
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> int:
     if unused := _given(shared):
         raise UserError(f"{unused[0]} goes with --runs, for several runs to compare")
     options, flags = entry.split(rest, OPTIONS)
-    with phase("loading the libraries"):
+    with loading_libraries():
         from dfu_mlflow.diagnosis.report import print_diagnosis
         from registry.diagnose import run_diagnosis
         from registry.told import DiagnoseOptions
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def compare(flags: Sequence[str]) -> int:
     """Say what failing runs share and where it was written; 0 whatever it is."""
-    with phase("loading the libraries"):
+    with loading_libraries():
         from dfu_mlflow.diagnosis.shared_report import print_comparison
         from registry.compare_runs import CompareOptions, compare_runs
 

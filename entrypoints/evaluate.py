@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig, load
-from dfu_mlflow.phases import phase
+from dfu_mlflow.lean_imports import loading_libraries
 
 OPTIONS = {"config": "", "source": "models:/dfu-sampler@challenger", "weights": "best", "fetch-weights": ""}
 SHOWN = {"output_dir": "outputs/evaluate"}
@@ -18,7 +18,7 @@ SHOWN = {"output_dir": "outputs/evaluate"}
 def main(arguments: Sequence[str]) -> int:
     """Evaluate, or with `--fetch-weights [FOLDER]` list and fetch the weights that metrics can use; 0 when done."""
     options, flags = entry.split(arguments, OPTIONS)
-    with phase("loading the libraries"):
+    with loading_libraries():
         from registry.evaluate import EvaluateOptions, evaluate, fetch
 
     if wanted := options["fetch-weights"]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig, load
-from dfu_mlflow.phases import phase
+from dfu_mlflow.lean_imports import loading_libraries
 
 OPTIONS = {"config": "", "model": "models:/dfu-sampler@challenger", "rollback": "false"}
 SHOWN = {"output_dir": "outputs/promote"}
@@ -20,7 +20,7 @@ SHOWN = {"output_dir": "outputs/promote"}
 def main(arguments: Sequence[str]) -> int:
     """Promote, or with `--rollback true` go back to the champion before; 0, or 3 for a refusal."""
     options, flags = entry.split(arguments, OPTIONS)
-    with phase("loading the libraries"):
+    with loading_libraries():
         from registry.promote import REFUSED_CODE, PromoteOptions, promote
 
     chosen = load(PromoteOptions, None, ["--model", options["model"], "--rollback", options["rollback"]])

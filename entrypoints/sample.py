@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from dfu_mlflow import entry
 from dfu_mlflow.config import load
-from registry.sample import SampleConfig, sample
+from dfu_mlflow.config.sample import SampleConfig
+from dfu_mlflow.lean_imports import loading_libraries
 
 OPTIONS = {"config": ""}
 INCOMPLETE_CODE = 3
@@ -17,7 +18,11 @@ INCOMPLETE_CODE = 3
 def main(arguments: Sequence[str]) -> int:
     """Draw and say where the pictures are; 0, or 3 where some are missing."""
     options, flags = entry.split(arguments, OPTIONS)
-    done = sample(load(SampleConfig, options["config"] or None, flags))
+    config = load(SampleConfig, options["config"] or None, flags)
+    with loading_libraries():
+        from registry.sample import sample
+
+    done = sample(config)
     print("\n".join([*done.sentences, f"written: {done.manifest}"]))
     return 0 if done.complete else INCOMPLETE_CODE
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dfu_mlflow import entry
 from dfu_mlflow.config import load
 from dfu_mlflow.config.serving import ServeConfig
-from dfu_mlflow.phases import phase
+from dfu_mlflow.lean_imports import loading_libraries
 
 OPTIONS = {"config": ""}
 
@@ -17,7 +17,7 @@ def main(arguments: Sequence[str]) -> int:
     """Serve until told to end; 0 then."""
     options, flags = entry.split(arguments, OPTIONS)
     config = load(ServeConfig, options["config"] or None, flags)
-    with phase("loading the libraries"):
+    with loading_libraries():
         from registry.serving.run import serve
 
     serve(config)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig
-from dfu_mlflow.phases import phase
+from dfu_mlflow.lean_imports import loading_libraries
 
 OPTIONS = {"plan": "seed_claims", "config": "tiny"}
 SHOWN = {"output_dir": "outputs/study/PLAN"}
@@ -17,7 +17,7 @@ SHOWN = {"output_dir": "outputs/study/PLAN"}
 def main(arguments: Sequence[str]) -> int:
     """Work on the study and print what it says; 0 when done."""
     options, flags = entry.split(arguments, OPTIONS)
-    with phase("loading the libraries"):
+    with loading_libraries():
         from tuning.ablation.study import study
 
     print("\n".join(study(options["plan"], options["config"], flags)))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig, load
 from dfu_mlflow.launch import NONE, launch_options, run_launcher
-from dfu_mlflow.phases import phase
+from dfu_mlflow.lean_imports import loading_libraries
 
 OPTIONS = {"config": "tiny", "dry-run": "false", "launch": NONE, "processes": ""}
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> int:
     if launcher is not None:
         command = [*launcher, "-m", "entrypoints.train", "--config", options["config"], *flags]
         return run_launcher(command, config.device, config.runtime.timeout_s)
-    with phase("loading the libraries"):
+    with loading_libraries():
         from dfu_mlflow.pipeline import run_training
         from dfu_mlflow.runtime import release_memory
         from registry.promote import promote_run

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig, load
-from dfu_mlflow.phases import phase
+from dfu_mlflow.lean_imports import loading_libraries
 
 OPTIONS = {"config": "tiny"}
 
@@ -17,7 +17,7 @@ def main(arguments: Sequence[str]) -> int:
     options, flags = entry.split(arguments, OPTIONS)
     load(RunConfig, options["config"], flags)
     # Loaded after the configuration is known to be right: torch and diffusers take seconds.
-    with phase("loading the libraries"):
+    with loading_libraries():
         from tuning.tune import tune
 
     print("\n".join(tune(options["config"], flags)))

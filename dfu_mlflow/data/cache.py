@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ import torch
 
 from dfu_mlflow.config.schema import DataConfig
 from dfu_mlflow.data.packs import SUFFIX, make_private_folder, read_index, read_rows, write_pack
+from dfu_mlflow.lean_imports import user_cache
 from dfu_mlflow.phases import Progress, phase
 
 Compute = Callable[[list[int]], torch.Tensor]
@@ -37,8 +37,7 @@ def default_cache_dir(config: DataConfig) -> Path:
     """`data.cache_dir`, or `$XDG_CACHE_HOME/dfu-mlflow`, or `~/.cache/dfu-mlflow`."""
     if config.cache_dir is not None:
         return config.cache_dir.expanduser()
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "dfu-mlflow"
+    return user_cache()
 
 
 class RowCache:

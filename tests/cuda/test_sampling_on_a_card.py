@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dfu_mlflow.base.load import give_up_text_encoders, load_base
+from dfu_mlflow.base.load import BaseModel
 from dfu_mlflow.conditioning import encode_prompts
 from dfu_mlflow.config.prompts import MINIMAL
 from dfu_mlflow.runtime import in_slices, release_memory, use_precision
@@ -32,9 +32,10 @@ LABELS, SEEDS = ["I", "P", "R", "P"], [3, 5, 8, 13]
 
 
 def open_sampler(device: torch.device, precision: str = "no") -> Sampler:
-    pipe = load_base("tiny_sdxl")
-    conditioner = encode_prompts(pipe, dict(MINIMAL), "")
-    give_up_text_encoders(pipe)
+    base = BaseModel("tiny_sdxl")
+    conditioner = encode_prompts(base, dict(MINIMAL), "")
+    pipe = base.pipeline()
+    pipe.register_modules(vae=base.vae(), unet=base.unet())
     pipe.to(device)
     use_precision(pipe.unet, device, precision)
     return Sampler(pipe, conditioner.to(device), SETTINGS, batch_size=4)

@@ -84,7 +84,9 @@ def test_full_epochs_are_untouched_and_quick_figures_are_one_curve(
         assert of(figures[epoch], "val") == of(without[epoch], "val")
         assert "eval_quick/kid" in figures[epoch]
     full = [epoch for epoch in figures if "eval/kid" in figures[epoch] or "eval_ema/kid" in figures[epoch]]
-    assert set(full) - {best(result.folder)["epoch"]} <= set(ends)
+    confirmed = set(full) - set(ends)
+    assert len(confirmed) <= 1, "only the best by quick figures"
+    assert best(result.folder)["epoch"] in full
     assert groups(figures[0]) == {"eval", "eval_quick"}
     assert groups(figures[4]) == {"eval", "eval_ema", "eval_quick", "eval_quick_ema"}
     assert all("eval_quick/kid" in figures[epoch] for epoch in range(5))
@@ -211,13 +213,13 @@ def test_an_average_that_shows_the_same_is_not_drawn(
     monkeypatch.setattr(Evaluator, "draw", counted)
     _, figures = trained(small_config, merge(BUDGET, {"ema": {"decay": 0.0}}))
     assert figures[1]["ema/coverage"] == pytest.approx(1.0)
-    assert groups(figures[1]) == {"eval_quick"}
+    assert "eval_quick_ema" not in groups(figures[1])
     assert groups(figures[4]) == {"eval", "eval_ema", "eval_quick", "eval_quick_ema"}
     assert drawn[:6] == [24, 12, 12, 12, 24, 24]  # base, three epochs of live weights, the last of both
     drawn.clear()
     _, figures = trained(small_config, merge(BUDGET, {"ema": {"decay": 0.9, "warmup": False}}))
     assert figures[1]["ema/coverage"] < 0.98
-    assert groups(figures[1]) == {"eval_quick", "eval_quick_ema"}
+    assert groups(figures[1]) >= {"eval_quick", "eval_quick_ema"}
 
 
 def test_a_run_that_stops_early_has_full_figures_of_its_last_epoch(

@@ -21,6 +21,7 @@ from torch._dynamo.testing import CompileCounter
 
 from dfu_mlflow.config import RunConfig, load
 from dfu_mlflow.config.load import merge, validate
+from dfu_mlflow.config.sample import SampleConfig
 from dfu_mlflow.data import evaluation_pixels
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.preparation import read_source
@@ -28,7 +29,7 @@ from dfu_mlflow.sampling import Sampler
 from registry import sample_folder
 from registry.package import ROOT, RegisteredSampler
 from registry.picture_checks import Photographs, PictureChecks
-from registry.sample import SampleConfig, sample
+from registry.sample import sample
 from registry.sample_folder import check_folder
 from registry.source import locate
 from tests.registry.contenders import contest_config, material_of, register, undamaged

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from dfu_mlflow.config import load
+from dfu_mlflow.config.sample import SampleConfig
 from registry.package import RegisteredSampler
-from registry.sample import SampleConfig, picture_seed, sample
+from registry.sample import picture_seed, sample
 
 from .conftest import Running, decoded
 
