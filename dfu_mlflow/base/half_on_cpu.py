@@ -48,24 +48,30 @@ def _forward(module: Any, original: Any, given: torch.Tensor) -> torch.Tensor:
 
 
 class _Rounded(torch.autograd.Function):
-    """Operands and answer in bf16, sums in float32; gradients alike."""
+    """Operands and answer in bf16, sums in float32; gradients alike.
+
+    The backward pass keeps what torch's own would: rows only for a weight that learns, and the weight itself.
+    """
 
     @staticmethod
     def forward(ctx: Any, given: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Any) -> Any:
-        rows, factors = given.to(HALF), weight.to(HALF)
-        ctx.save_for_backward(rows, factors)
-        ctx.geometry, ctx.biased = geometry, bias is not None
+        rows = given.to(HALF)
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight)
+        ctx.geometry, ctx.biased, ctx.shape = geometry, bias is not None, given.shape
         ctx.dtypes = given.dtype, weight.dtype, None if bias is None else bias.dtype
+        factors = weight.to(HALF).float()
         added = None if bias is None else bias.to(HALF).float()
         with torch.autocast("cpu", enabled=False):
             if geometry is None:
-                return F.linear(rows.float(), factors.float(), added).to(HALF)
-            return F.conv2d(rows.float(), factors.float(), added, *geometry).to(HALF)
+                return F.linear(rows.float(), factors, added).to(HALF)
+            return F.conv2d(rows.float(), factors, added, *geometry).to(HALF)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         gradient = gradients[0].float()
-        rows, factors = (saved.float() for saved in ctx.saved_tensors)
+        rows, weight = ctx.saved_tensors
+        factors = weight.to(HALF).float()
+        rows = gradient.new_empty(1).expand(ctx.shape) if rows is None else rows.float()  # only its shape is asked for
         wanted = [*ctx.needs_input_grad[:2], ctx.biased and ctx.needs_input_grad[2]]
         with torch.autocast("cpu", enabled=False):
             if ctx.geometry is None:

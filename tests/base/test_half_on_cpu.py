@@ -57,12 +57,20 @@ def test_a_processor_with_bf16_computes_as_torch_does(monkeypatch: pytest.Monkey
     assert "forward" not in vars(module)
 
 
-def test_frozen_weights_get_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", MADE)
+def test_frozen_weights_get_no_gradient_and_keep_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    build, shape = MADE[name]
+    module: Any = build()
     monkeypatch.setattr(half_on_cpu, "is_native", lambda: False)
-    module = nn.Conv2d(4, 4, 3, padding=1).requires_grad_(False)
     speed_up_half(module, CPU)
-    given = torch.randn(1, 4, 5, 5, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        module(given).float().sum().backward()
-    assert given.grad is not None
-    assert module.weight.grad is None
+    given = torch.randn(shape)
+    learning = results(module, given, half=True)
+    module.requires_grad_(False)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
+        frozen = results(module, given, half=True)
+    assert torch.equal(frozen[0], learning[0])
+    assert torch.equal(frozen[1], learning[1])
+    assert frozen[2:] == [None] * (len(learning) - 2)
+    assert all(saved is module.weight or saved.shape == frozen[0].shape for saved in kept), "no rows, no copies"

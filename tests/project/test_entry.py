@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import py_compile
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -114,6 +115,45 @@ def test_a_process_without_an_accelerator_does_not_load_triton() -> None:
         "sys.exit(entry.run(main, []))"
     )
     assert subprocess.run([sys.executable, "-c", program], timeout=120, check=False).returncode == 4
+
+
+BYTECODE = (
+    "import os, sys\n"
+    "from pathlib import Path\n"
+    "from dfu_mlflow import entry\n"
+    "def main(arguments):\n"
+    "    sys.path.insert(0, arguments[0])\n"
+    "    from dfu_mlflow.lean_imports import loading_libraries\n"
+    "    with loading_libraries():\n"
+    "        import some_library\n"
+    "    import gc\n"
+    "    assert gc.isenabled() and gc.get_freeze_count()\n"
+    "    print(some_library.__cached__, os.environ.get('PYTHONDONTWRITEBYTECODE'))\n"
+    "    return 0\n"
+    "sys.exit(entry.run(main))"
+)
+
+
+@pytest.mark.parametrize("case", ["installed without", "installed with", "the user's folder", "written as ever"])
+def test_libraries_are_compiled_once(case: str, tmp_path: Path) -> None:
+    """torch is a stand-in: what decides is whether it was installed with bytecode."""
+    for name in ("torch", "some_library"):
+        (tmp_path / f"{name}.py").write_text("VALUE = 1\n")
+    named, cache = {"PYTHONPYCACHEPREFIX": str(tmp_path / "mine")}, tmp_path / "cache" / "dfu-mlflow" / "bytecode"
+    if case == "installed with":
+        beside = tmp_path / "__pycache__" / f"torch.{sys.implementation.cache_tag}.pyc"
+        py_compile.compile(str(tmp_path / "torch.py"), cfile=str(beside))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment |= {"PYTHONPATH": f"{tmp_path}:{ROOT}", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment |= {} if case == "written as ever" else {"PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= named if case == "the user's folder" else {}
+    command = [sys.executable, "-c", BYTECODE, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    written = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("some_library*.pyc")}
+    wanted = {"installed without": {"cache"}, "written as ever": {"__pycache__"}}
+    assert written == wanted.get(case, set())
+    if case == "installed without":
+        assert done.stdout.split() == [str(next(cache.rglob("some_library*.pyc"))), "None"]
 
 
 @pytest.mark.parametrize(
