@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from dfu_mlflow.base.load import BaseModel
-from dfu_mlflow.data.cache import RowCache
+from dfu_mlflow.data.cache import RowCache, Work
 from dfu_mlflow.phases import phase
 from dfu_mlflow.runtime import move
 from dfu_mlflow.types import Conditioning, Pipeline
 
 TOKENS = 77
+ENCODING = Work("encoding prompts", "prompts")
 UNCONDITIONAL = None
 """In place of a text: what guidance compares with where no negative prompt is given."""
 FED = "text_embeddings.safetensors"
@@ -154,19 +155,16 @@ def _rows(model: BaseModel | Pipeline, texts: Sequence[str | None], cache: Embed
     """[K, L * D + P]: embeddings and pooled side by side, one row a text or `UNCONDITIONAL`."""
 
     def compute(positions: list[int]) -> torch.Tensor:
-        rows = []
-        with _encoding(model) as pipe, phase("encoding prompts", len(positions), "prompts") as progress:
-            for position in positions:
-                rows.append(_encode(pipe, texts[position]))
-                progress.advance()
-        return torch.stack(rows)
+        with _encoding(model) as pipe:
+            return torch.stack([_encode(pipe, texts[position]) for position in positions])
 
     if cache is None:
-        return compute(list(range(len(texts))))
+        with phase(ENCODING.name, len(texts), ENCODING.unit):
+            return compute(list(range(len(texts))))
     tokenizing = model.pipeline() if isinstance(model, BaseModel) else model
     keys = [_key(tokenizing, text) for text in texts]
     namespace = f"embeddings-{''.join(digest[:16] for digest in cache.encoders)}"
-    return cache.rows.rows(namespace, keys, compute, len(keys))
+    return cache.rows.rows(namespace, keys, compute, len(keys), ENCODING)
 
 
 def _encoding(model: BaseModel | Pipeline) -> AbstractContextManager[Pipeline]:

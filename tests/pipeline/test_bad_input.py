@@ -37,9 +37,8 @@ def run(
         common = ["--base_model", str(random_base), "--data.root", str(photographs), "--data.group_by", r"^P(\d+)"]
         common += ["--device", "cpu"]
         assert entry.run(train.main, [*common, *flags]) == 2
-        message = capsys.readouterr().err.strip()
+        *_, message = capsys.readouterr().err.splitlines()  # before it, on a slow machine, what the command was at
         assert message.startswith("error: ")
-        assert "\n" not in message
         return message
 
     yield typed

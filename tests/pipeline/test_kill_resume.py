@@ -38,7 +38,7 @@ def child(
 @pytest.fixture(scope="module")
 def context() -> multiprocessing.context.ForkServerContext:
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["dfu_mlflow.pipeline", "mlflow.store.tracking.sqlalchemy_store"])
+    server.set_forkserver_preload(["dfu_mlflow.pipeline", "mlflow.store.tracking.sqlalchemy_store", "tests.frozen"])
     return server
 
 

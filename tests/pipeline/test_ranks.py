@@ -30,7 +30,9 @@ class Launch:
         folder.mkdir(parents=True, exist_ok=True)
         self.tree = configure(folder).model_dump(mode="json")
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["dfu_mlflow.pipeline", "mlflow.store.tracking.sqlalchemy_store"])
+        self.context.set_forkserver_preload(
+            ["dfu_mlflow.pipeline", "mlflow.store.tracking.sqlalchemy_store", "tests.frozen"]
+        )
 
     def __call__(
         self, change: Change, environment: Mapping[str, str] | None = None, dies: str = "", after: int = 0

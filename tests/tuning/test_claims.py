@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalW
 def child(name: str, **names: object) -> BaseProcess:
     """A process that runs a file beside this one."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tuning.ending"])
+    context.set_forkserver_preload(["tuning.ending", "tests.frozen"])
     process = context.Process(target=runpy.run_path, args=(str(Path(__file__).with_name(name)), names))
     process.start()
     return process

@@ -38,7 +38,7 @@ def test_a_training_killed_between_two_epochs_is_tried_again(
     file, database = study_file(workplace), workplace / "optuna.db"
     flags = [*SMALL, "--tune.study", "killed", "--tune.trials", "2", "--tune.heartbeat_s", "4"]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tuning.tune"])
+    context.set_forkserver_preload(["tuning.tune", "tests.frozen"])
     names = {"FILE": str(file), "FLAGS": flags, "STORE": mlflow.get_tracking_uri(), "FOLDER": str(workplace)}
     child = str(Path(__file__).with_name("tune_child.py"))
     victim = context.Process(target=runpy.run_path, args=(child, names))

@@ -176,7 +176,7 @@ def test_a_killed_workers_trial_is_retried_and_the_budget_is_exact(
     flags += ["--data.cache_dir", str(source[1].data.cache_dir)]
     load(RunConfig, str(file), flags)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tuning.tune"])
+    context.set_forkserver_preload(["tuning.tune", "tests.frozen"])
     names = {"FILE": str(file), "FLAGS": flags, "STORE": servers.mlflow, "FOLDER": str(tmp_path)}
     child = str(Path(__file__).with_name("tune_child.py"))
     workers = [context.Process(target=runpy.run_path, args=(child, names)) for _ in range(4)]
