@@ -39,6 +39,7 @@ SIZE = {
     "--evaluation.success": "null",
     "--metrics.extractor_size_px": "96",
     "--sampling.num_inference_steps": "4",
+    "--sampling.batch_size": "6",
 }
 """Small where only repetition would be large: what a step, a picture and a file take is that of the real size."""
 PHANTOM = {"--data.root": "phantom", "--data.phantom.patients": "8", "--data.group_by": None}
