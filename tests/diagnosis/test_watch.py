@@ -34,6 +34,7 @@ from dfu_mlflow.tracking import Tracker
 from registry.diagnose import build_case, run_diagnosis
 from registry.promote import findings_budget
 from registry.told import DiagnoseOptions, tell_of_checkpoint, tell_of_run
+from tests.stores import new_store
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def ill(
         patch.chdir(folder)
         patch.setattr("dfu_mlflow.progress.Console.say", lambda self, text: said.append(text))
         patch.setattr(Tracker, "beat", heard)
-        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+        mlflow.set_tracking_uri(new_store(folder))
         yield run_training(config), "\n".join(said)
         mlflow.set_tracking_uri(None)
 

@@ -20,6 +20,7 @@ from dfu_mlflow.evaluator import Evaluator, Observation
 from dfu_mlflow.participant import TrainingResult
 from dfu_mlflow.pipeline import run_training
 from dfu_mlflow.training_run import TrainingRun
+from tests.stores import new_store
 
 FOUR = {"train": {"epochs": 4}, "evaluation": {"samples": 24}}
 """Epochs 1 to 3 are between the full ones."""
@@ -28,7 +29,7 @@ FOUR = {"train": {"epochs": 4}, "evaluation": {"samples": 24}}
 @pytest.fixture(autouse=True)
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where runs are tracked."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_store(tmp_path))
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.pipeline import _claimed_checkpoint, run_training
+from tests.stores import new_store
 
 Watch = Callable[[Path], bool]
 
@@ -102,7 +103,7 @@ def unbroken(
         "adapter": {"method": "lora", "dropout": 0.2},
     }
     tree = merge(small_config_at(folder).model_dump(mode="json"), change)
-    store = f"sqlite:///{folder}/mlflow.db"
+    store = new_store(folder)
     run(context, validate(RunConfig, tree), store)
     return tree, folder, store
 
@@ -129,7 +130,7 @@ def test_killed_and_resumed_equals_unbroken(
     watch: Watch,
 ) -> None:
     tree, folder, store = unbroken
-    mine = f"sqlite:///{tmp_path}/mlflow.db"
+    mine = new_store(tmp_path)
     config = validate(RunConfig, merge(tree, {"output_dir": str(tmp_path / "out"), "resume": "latest"}))
     process = child(context, config, mine)
     process.start()

@@ -17,6 +17,7 @@ from mlflow.entities import Run
 
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import dump_yaml
+from tests.stores import new_store
 
 ROOT = Path(__file__).resolve().parents[2]
 SOON_S = 25.0
@@ -29,6 +30,7 @@ class Launcher:
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.folder = folder
+        new_store(folder)
         (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
 
     def start(self, *flags: str, launch: str = "ddp") -> subprocess.Popen[str]:

@@ -17,6 +17,7 @@ from mlflow.entities import Run
 from dfu_mlflow.checkpoint import load_checkpoint
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
+from tests.stores import new_store
 
 Change = dict[str, Any]
 STEPS = 20
@@ -28,6 +29,8 @@ class Launch:
     def __init__(self, configure: Callable[[Path], RunConfig], folder: Path, ranks: int) -> None:
         self.folder, self.ranks = folder, ranks
         folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "mlflow.db").exists():
+            new_store(folder)
         self.tree = configure(folder).model_dump(mode="json")
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(

@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
 from dfu_mlflow.pipeline import run_training
+from tests.stores import new_store
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -20,7 +21,7 @@ def test_the_optimizer_state_is_gone_before_publishing(
     fused: bool, small_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_tracking_uri(new_store(tmp_path))
     change = {"adapter": {"method": "full"}, "train": {"epochs": 1, "fused_backward": fused, "max_grad_norm": None}}
     config = validate(RunConfig, merge(small_config.model_dump(mode="json"), change))
     states: list[ref[torch.Tensor]] = []

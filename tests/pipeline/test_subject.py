@@ -25,6 +25,7 @@ from dfu_mlflow.preparation import Material, prepare, read_source
 from dfu_mlflow.sampling import Sampler
 from dfu_mlflow.subject import Subject, Weights, local_configuration, open_subject, read_pictures, with_settings
 from dfu_mlflow.types import Record
+from tests.stores import new_store
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def trained(
     config = validate(RunConfig, merge(small_config_at(folder).model_dump(mode="json"), change))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # artifacts go below the working directory
-        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+        mlflow.set_tracking_uri(new_store(folder))
         result = run_training(config)
         mlflow.set_tracking_uri(None)
     return config, result
@@ -72,7 +73,7 @@ def test_a_bundle_draws_in_the_precision_that_it_was_evaluated_in(
     }
     config = validate(RunConfig, merge(small_config_at(tmp_path).model_dump(mode="json"), change))
     monkeypatch.chdir(tmp_path)
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_tracking_uri(new_store(tmp_path))
     AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision a process
     try:
         result = run_training(config)

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from dfu_mlflow import entry
+from tests.stores import new_store
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY_POINTS = sorted(yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))["entry_points"])
@@ -122,7 +123,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.delenv("DFU_TOKEN", raising=False)
         for variable in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
             patch.delenv(variable, raising=False)
-        mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
+        mlflow.set_tracking_uri(new_store(folder))
         yield place
         mlflow.set_tracking_uri(None)
 

@@ -21,6 +21,7 @@ from mlflow.projects.utils import load_project
 
 from dfu_mlflow.config import RunConfig, load
 from dfu_mlflow.errors import UserError
+from tests.stores import new_store
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("dfu_mlflow", "entrypoints", "registry", "tuning")
@@ -149,7 +150,7 @@ def test_every_entry_point_is_in_mlproject() -> None:
 @pytest.fixture
 def own_store(tmp_path: Path) -> Iterator[None]:
     """Two processes that make the default store in one folder at once get in each other's way."""
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_tracking_uri(new_store(tmp_path))
     yield
     mlflow.set_tracking_uri(None)
 

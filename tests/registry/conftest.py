@@ -17,6 +17,7 @@ from dfu_mlflow.bundle import BundleSource, write_bundle
 from dfu_mlflow.bundle_format import Settings
 from dfu_mlflow.config import RunConfig
 from registry.package import RegisteredSampler, register_sampler
+from tests.stores import new_store
 
 PROMPTS = {"I": "inflamed", "P": "granulating", "R": "healed"}
 
@@ -97,10 +98,11 @@ def registry_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("registry")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        store = new_store(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", store)
         for variable in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
             patch.delenv(variable, raising=False)
-        mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
+        mlflow.set_tracking_uri(store)
         yield folder
         mlflow.set_tracking_uri(None)  # the process's own choice ends; the variable is the patch's to put back
 

@@ -14,6 +14,7 @@ from dfu_mlflow.config import RunConfig, load
 from dfu_mlflow.config.load import dump_yaml
 from dfu_mlflow.config.study import read_plan
 from entrypoints.diagnose import main
+from tests.stores import new_store
 from tuning.ablation.runs import lay_out
 
 
@@ -21,7 +22,7 @@ from tuning.ablation.runs import lay_out
 def run_ids(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """Eight runs: rate and warm-up changed together and decide, the seed does not; one ended without a figure."""
     folder = tmp_path_factory.mktemp("compared")
-    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    mlflow.set_tracking_uri(new_store(folder))
     client = MlflowClient()
     experiment = client.create_experiment("compared", artifact_location=(folder / "artifacts").as_uri())
     made = []

@@ -23,6 +23,7 @@ from dfu_mlflow.pipeline import run_training
 from registry.evaluate import EvaluateOptions, configuration, evaluate
 from registry.publish import publish
 from registry.source import locate
+from tests.stores import new_store
 
 Trained = tuple[RunConfig, TrainingResult]
 
@@ -44,7 +45,7 @@ def trained(
     AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision a process
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+        mlflow.set_tracking_uri(new_store(folder))
         yield config, run_training(config, publish=lambda result: publish(result, config))
         mlflow.set_tracking_uri(None)
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -33,6 +33,7 @@ from tests.registry.contenders import (
     register,
     undamaged,
 )
+from tests.stores import new_store
 
 NAME = "dfu-sampler"
 QUICK = ["--gates.loads.enabled", "false"]
@@ -55,6 +56,7 @@ def arena(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         patch.chdir(folder)
         for variable in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
             patch.delenv(variable, raising=False)
+        new_store(folder)
         mlflow.set_tracking_uri("sqlite:///mlflow.db")
         config = contest_config(folder, photographs, damaged_base(folder / "base", 0.5))
         material = material_of(config)
@@ -250,7 +252,7 @@ def test_training_asks_the_same_gate_when_told_to(
 ) -> None:
     """A few steps on random weights make nothing better than the base: trained and registered, but refused."""
     monkeypatch.chdir(tmp_path)
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_tracking_uri(new_store(tmp_path))
     (tmp_path / "config.yaml").write_text(dump_yaml(small_config_at(tmp_path)), encoding="utf-8")
     flags = ["--train.epochs", "1", "--registry.promote", "true", "--gates.memorisation.enabled", "false"]
     flags += ["--memorisation.enabled", "false", *QUICK]

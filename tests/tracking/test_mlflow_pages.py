@@ -26,6 +26,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import merge, validate
 from dfu_mlflow.pipeline import run_training
+from tests.stores import new_store
 
 SCREENSHOTS = os.environ.get("DFU_SCREENSHOTS")
 LOAD_MS = 60_000
@@ -75,7 +76,7 @@ def tracked(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Tracked]:
     folder = tmp_path_factory.mktemp("pages")
-    store = f"sqlite:///{folder / 'mlflow.db'}"
+    store = new_store(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for variable in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from dfu_mlflow.config import RunConfig
+from tests.stores import new_store
 
 SPACE = {
     "train.learning_rate": {"low": 1e-5, "high": 3e-2, "log": True},
@@ -52,6 +53,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         for variable in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
             patch.delenv(variable, raising=False)
-        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+        mlflow.set_tracking_uri(new_store(folder))
         yield folder
         mlflow.set_tracking_uri(None)

@@ -18,6 +18,7 @@ from dfu_mlflow.config import RunConfig
 from dfu_mlflow.config.load import dump_yaml, validate
 from dfu_mlflow.config.study import PLANS, read_plan
 from dfu_mlflow.errors import Interrupted, UserError
+from tests.stores import new_store
 from tuning.ablation.runs import lay_out
 from tuning.ablation.study import LOCK, study
 
@@ -39,7 +40,7 @@ def files(
 ) -> Iterator[tuple[str, str]]:
     """(plan, configuration) as files; runs go to a store of their own."""
     monkeypatch.chdir(tmp_path)
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_tracking_uri(new_store(tmp_path))
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(PLAN, sort_keys=False), encoding="utf-8")
     (tmp_path / "config.yaml").write_text(dump_yaml(small_config_at(tmp_path)), encoding="utf-8")
     yield "plan.yaml", "config.yaml"
