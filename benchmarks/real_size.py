@@ -44,8 +44,12 @@ SIZE = {
 """Small where only repetition would be large: what a step, a picture and a file take is that of the real size."""
 PHANTOM = {"--data.root": "phantom", "--data.phantom.patients": "8", "--data.group_by": None}
 SAMPLE = ("--sample.per_class", "2", "--num_inference_steps", "4")
+DIAGNOSE = ("--budget", "full", "--sampling.num_inference_steps", "1")
+"""Guidance is swept over several hundred pictures."""
 LIMIT_GB = {"train, all weights": 20.0}
-OTHER_LIMIT_GB = 12.0
+OTHER_DIAGNOSE = ("--budget", "full", "--sampling.num_inference_steps", "1")
+"""Guidance is swept over several hundred pictures."""
+LIMIT_GB = 12.0
 REFUSED = 3
 COMMANDS = ("train", "evaluate", "diagnose", "promote", "sample", "models-serve", "serve", "train-full")
 
@@ -103,7 +107,7 @@ def run(command: str, place: Place) -> Run:
     if command in ("evaluate", "diagnose", "promote", "sample"):
         arguments: Mapping[str, Sequence[str]] = {
             "evaluate": ("--source", place.last_run(), "--output_dir", str(place.out / "evaluate")),
-            "diagnose": ("--run", place.last_run(), "--budget", "full", "--output_dir", str(place.out / "diagnose")),
+            "diagnose": ("--run", place.last_run(), *DIAGNOSE, "--output_dir", str(place.out / "diagnose")),
             "promote": ("--model", model, "--output_dir", str(place.out / "promote")),
             "sample": ("--model", model, *SAMPLE, "--output_dir", str(place.out / "samples")),
         }
