@@ -43,13 +43,13 @@ SIZE = {
 }
 """Small where only repetition would be large: what a step, a picture and a file take is that of the real size."""
 PHANTOM = {"--data.root": "phantom", "--data.phantom.patients": "8", "--data.group_by": None}
+SPLIT = ("--data.validation_fraction", "0.4")
+"""So that of a few dozen photographs enough are held out to measure distances."""
 SAMPLE = ("--sample.per_class", "2", "--num_inference_steps", "4")
 DIAGNOSE = ("--budget", "full", "--sampling.num_inference_steps", "1")
 """Guidance is swept over several hundred pictures."""
 LIMIT_GB = {"train, all weights": 20.0}
-OTHER_DIAGNOSE = ("--budget", "full", "--sampling.num_inference_steps", "1")
-"""Guidance is swept over several hundred pictures."""
-LIMIT_GB = 12.0
+OTHER_LIMIT_GB = 12.0
 REFUSED = 3
 COMMANDS = ("train", "evaluate", "diagnose", "promote", "sample", "models-serve", "serve", "train-full")
 
@@ -76,7 +76,7 @@ class Place:
     def flags(self) -> list[str]:
         """What every training says."""
         data = PHANTOM if self.photographs is None else {"--data.root": str(self.photographs)}
-        chosen = {**SIZE, "--base_model": str(self.base), **data}
+        chosen = {**SIZE, **dict([SPLIT]), "--base_model": str(self.base), **data}
         return [word for name, value in chosen.items() if value is not None for word in (name, value)]
 
     def last_run(self) -> str:
@@ -106,9 +106,9 @@ def run(command: str, place: Place) -> Run:
         return run_to_its_end("train, all weights", [*training, *flags, "--ema.enabled", "false"], environment, log)
     if command in ("evaluate", "diagnose", "promote", "sample"):
         arguments: Mapping[str, Sequence[str]] = {
-            "evaluate": ("--source", place.last_run(), "--output_dir", str(place.out / "evaluate")),
-            "diagnose": ("--run", place.last_run(), *DIAGNOSE, "--output_dir", str(place.out / "diagnose")),
-            "promote": ("--model", model, "--output_dir", str(place.out / "promote")),
+            "evaluate": ("--source", place.last_run(), *SPLIT, "--output_dir", str(place.out / "evaluate")),
+            "diagnose": ("--run", place.last_run(), *DIAGNOSE, *SPLIT, "--output_dir", str(place.out / "diagnose")),
+            "promote": ("--model", model, *SPLIT, "--output_dir", str(place.out / "promote")),
             "sample": ("--model", model, *SAMPLE, "--output_dir", str(place.out / "samples")),
         }
         return run_to_its_end(command, program(command, *arguments[command]), environment, log)

@@ -29,6 +29,8 @@ from dfu_mlflow.validation import rows_at_once
 
 CUDA_BYTES = 1.5 * GIB
 """Context, workspaces of the libraries, and what the allocator cannot use."""
+LATER_BYTES = 0.2 * GIB
+"""What MLflow's store, extractors, statistics and plots take: they are loaded when they are needed."""
 EXTRACTED_CHANNELS = 96
 """Of EfficientNet-Lite0's largest layer, at half the side that it sees; input, output and activation are held."""
 
@@ -88,11 +90,11 @@ def run_memory(config: RunConfig, source: str, shared: bool, libraries: float) -
     Args:
         source: of the base, as `resolve_base` gives it.
         shared: the device is the computer's own processor.
-        libraries: what the process takes before it loads a network, see `libraries_bytes`.
+        libraries: what the process takes before it loads a network, see `libraries_bytes`; more are loaded later.
     """
     parts = training_memory(config, source)
     sizes = _Sizes(config, source)
-    host = {"libraries": libraries}
+    early, host = {"libraries": libraries}, {"libraries": libraries + LATER_BYTES}
     held = {"UNet": parts.unet, "autoencoder": sizes.vae}
     average = {"EMA": parts.ema}
     optimizer = {"optimizer": parts.optimizer}
@@ -100,7 +102,7 @@ def run_memory(config: RunConfig, source: str, shared: bool, libraries: float) -
     on_card = {**held, **({} if config.ema.on_host else average)}
     evaluating = max(sizes.drawing(config.adapter), sizes.decoding)
     phases = [
-        *_preparing(sizes, host),
+        *_preparing(sizes, early),
         PhaseMemory("loading the UNet", held, {**host, "file": sizes.mapped_unet}),
         PhaseMemory(
             "training",
@@ -116,7 +118,7 @@ def run_memory(config: RunConfig, source: str, shared: bool, libraries: float) -
         PhaseMemory("registration", on_card, beside),
     ]
     if config.registry.register_model:
-        trial = sizes.drawing_memory(config.adapter, {"libraries, of two processes": 2 * libraries})
+        trial = sizes.drawing_memory(config.adapter, {"libraries, of two processes": 2 * (libraries + LATER_BYTES)})
         largest = max(trial, key=lambda phase: phase.on_host(shared))
         phases.append(PhaseMemory("smoke test", largest.device, largest.host))
     return RunMemory(tuple(phases), shared)
@@ -125,11 +127,11 @@ def run_memory(config: RunConfig, source: str, shared: bool, libraries: float) -
 def evaluation_memory(config: RunConfig, source: str, shared: bool, libraries: float) -> RunMemory:
     """Of `evaluate`, `promote`, `diagnose` and sampling studies: photographs are looked at, nothing is trained."""
     sizes = _Sizes(config, source)
-    host = {"libraries": libraries}
+    early, host = {"libraries": libraries}, {"libraries": libraries + LATER_BYTES}
     adapter = config.adapter
     drawing = max(sizes.drawing(adapter), sizes.decoding)
     device = {"UNet": sizes.drawn_unet(adapter), "autoencoder": sizes.vae, "activations": drawing}
-    return RunMemory((*_preparing(sizes, host), PhaseMemory("evaluation", device, host)), shared)
+    return RunMemory((*_preparing(sizes, early), PhaseMemory("evaluation", device, host)), shared)
 
 
 def sampling_memory(config: RunConfig, source: str, shared: bool, libraries: float) -> RunMemory:
@@ -141,10 +143,11 @@ def sampling_memory(config: RunConfig, source: str, shared: bool, libraries: flo
 def _preparing(sizes: _Sizes, host: Mapping[str, float]) -> list[PhaseMemory]:
     """What comes before the UNet is loaded, the same for training and evaluation."""
     vae = {"autoencoder": sizes.vae}
+    later = {"libraries": host["libraries"] + LATER_BYTES}
     return [
         sizes.text_phase(host),
         PhaseMemory("caching latents", {**vae, "activations": sizes.encoding}, host),
-        PhaseMemory("features of photographs", {**vae, "activations": sizes.features}, host),
+        PhaseMemory("features of photographs", {**vae, "activations": sizes.features}, later),
     ]
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import mlflow.types.responses  # noqa: F401  # switches MLflow's messages on again when it is first loaded
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.utils.logging_utils import disable_logging, enable_logging
