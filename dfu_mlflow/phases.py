@@ -44,11 +44,14 @@ class Progress:
         unit: of `total`, in the plural; `bytes` are shown in GB.
         done: so much of it.
         keep: a terminal goes on showing the bar when the phase is over.
+        between: it is told of only while no other phase is open.
     """
 
-    def __init__(self, board: Board, name: str, total: float | None, unit: str, keep: bool = False) -> None:
+    def __init__(
+        self, board: Board, name: str, total: float | None, unit: str, keep: bool = False, between: bool = False
+    ) -> None:
         self._board = board
-        self.name, self.total, self.unit, self.keep = name, total, unit, keep
+        self.name, self.total, self.unit, self.keep, self.between = name, total, unit, keep, between
         self.done = 0.0
         self.said = self.named = False  # by a line of its own; by one of its own or of an inner phase
         self.began_s = board.now()
@@ -129,9 +132,11 @@ class Board:
         self._closed = self._plain = False
 
     @contextmanager
-    def phase(self, name: str, total: float | None = None, unit: str = "", keep: bool = False) -> Iterator[Progress]:
-        """See `phase`."""
-        progress = Progress(self, name, total, unit, keep)
+    def phase(
+        self, name: str, total: float | None = None, unit: str = "", keep: bool = False, between: bool = False
+    ) -> Iterator[Progress]:
+        """See `phase` and `at_work`."""
+        progress = Progress(self, name, total, unit, keep, between)
         self._enter(progress)
         try:
             yield progress
@@ -165,7 +170,7 @@ class Board:
         with self.lock:
             if self._closed or os.environ.get("RANK", "0") not in ("", "0"):
                 return
-            if not self._open and progress.began_s - self._idle_since_s > PAUSE_S:
+            if not self._told() and progress.began_s - self._idle_since_s > PAUSE_S:
                 self._busy_since_s = progress.began_s
             self._open.append(progress)
             if self._watched and self._watcher is None:
@@ -180,6 +185,8 @@ class Board:
                 return
             self._open.remove(progress)
             self._idle_since_s = self.now()
+            if progress.between:
+                progress.said = False  # how long it took in all is no news
             if self._bars is not None:
                 self._guarded(lambda: self._undraw(progress))
             elif progress.said and self._idle_since_s - progress.began_s >= FINAL_S:
@@ -209,24 +216,29 @@ class Board:
         if self._bars is None:
             self._speak_if_due()
         else:
-            self._bars.draw(self._open, self.now())
+            self._bars.draw(self._told(), self.now())
 
     def _speak_if_due(self) -> None:
         now_s = self.now()
-        newest = self._open[-1]
-        quiet_s = now_s - max(self._spoke_s, self._busy_since_s)
-        news = [one for one in self._open if now_s - one.began_s >= PATIENCE_S]
+        opened = self._told() or self._open
+        newest = opened[-1]
+        quiet_s = now_s - max(self._spoke_s, newest.began_s if newest.between else self._busy_since_s)
+        news = [one for one in opened if now_s - one.began_s >= PATIENCE_S and not one.between]
         if quiet_s < INTERVAL_S:
             if not news or news[-1].named:
                 return
             newest = news[-1]
-        outer = [one for one in self._open if one.thread == newest.thread and one is not newest]
-        outer = [one for one in outer if self._open.index(one) < self._open.index(newest)]
+        outer = [one for one in opened if one.thread == newest.thread and one is not newest]
+        outer = [one for one in outer if opened.index(one) < opened.index(newest)]
         for one in (*outer, newest):
             one.named = True
         newest.said = True
         names = [" ".join(filter(None, (one.name, one.count()))) for one in outer]
         self._write(f"{' > '.join([*names, newest.name])}: {newest.state(now_s)}")
+
+    def _told(self) -> list[Progress]:
+        """The open phases but those that fill the time between others."""
+        return [one for one in self._open if not one.between]
 
     def _last_line(self, progress: Progress, how: str) -> str:
         count = f"{progress.count()}, " if progress.count() else ""
@@ -247,7 +259,7 @@ class Board:
     def _undraw(self, progress: Progress) -> None:
         assert self._bars is not None
         self._bars.remove(progress, self.now())
-        if not self._open:
+        if not self._told():
             self._bars.close()
             self._bars = None
 
@@ -274,6 +286,11 @@ def phase(
     Phases may be nested, and open in several threads at once.
     """
     return board().phase(name, total, unit, keep)
+
+
+def at_work() -> AbstractContextManager[Progress]:
+    """Around everything that a command does: what no phase has a name for is not silent for long either."""
+    return board().phase("working", between=True)
 
 
 def say(text: str) -> None:

@@ -10,6 +10,7 @@ from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig, load
 from dfu_mlflow.errors import UserError
 from dfu_mlflow.lean_imports import loading_libraries
+from dfu_mlflow.phases import at_work
 
 OPTIONS = {
     **dict.fromkeys(("run", "checkpoint", "images", "embeddings", "curves"), ""),
@@ -33,7 +34,8 @@ def main(arguments: Sequence[str]) -> int:
         from registry.told import DiagnoseOptions
 
     config = options.pop("config")
-    diagnosis, written = run_diagnosis(load(DiagnoseOptions, None, _given(options)), config or None, flags)
+    with at_work():
+        diagnosis, written = run_diagnosis(load(DiagnoseOptions, None, _given(options)), config or None, flags)
     print_diagnosis(diagnosis)
     print(f"written: {' and '.join(map(str, written))}")
     return 0
@@ -48,7 +50,8 @@ def compare(flags: Sequence[str]) -> int:
     one, rest = entry.split(flags, {"run": ""})  # `mlflow run` passes it empty
     if one["run"]:
         raise UserError("--run and --runs: give one of them")
-    comparison, written = compare_runs(load(CompareOptions, None, rest))
+    with at_work():
+        comparison, written = compare_runs(load(CompareOptions, None, rest))
     print_comparison(comparison)
     print(f"written: {', '.join(map(str, written))}")
     plans = [path for path in written if path.name.startswith("separate_")]

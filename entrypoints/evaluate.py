@@ -9,6 +9,7 @@ from pathlib import Path
 from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig, load
 from dfu_mlflow.lean_imports import loading_libraries
+from dfu_mlflow.phases import at_work
 
 OPTIONS = {"config": "", "source": "models:/dfu-sampler@challenger", "weights": "best", "fetch-weights": ""}
 SHOWN = {"output_dir": "outputs/evaluate"}
@@ -25,7 +26,8 @@ def main(arguments: Sequence[str]) -> int:
         folder = None if wanted == "true" else Path(wanted)
         return 1 if fetch(load(RunConfig, options["config"] or None, flags), folder) else 0
     chosen = load(EvaluateOptions, None, ["--source", options["source"], "--weights", options["weights"]])
-    result = evaluate(chosen, options["config"] or None, flags)
+    with at_work():
+        result = evaluate(chosen, options["config"] or None, flags)
     print("\n".join([*result.sentences, f"report: {result.report}; MLflow run {result.run_id}"]))
     return 0
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig, load
 from dfu_mlflow.lean_imports import loading_libraries
+from dfu_mlflow.phases import at_work
 
 OPTIONS = {"config": "", "model": "models:/dfu-sampler@challenger", "rollback": "false"}
 SHOWN = {"output_dir": "outputs/promote"}
@@ -24,7 +25,8 @@ def main(arguments: Sequence[str]) -> int:
         from registry.promote import REFUSED_CODE, PromoteOptions, promote
 
     chosen = load(PromoteOptions, None, ["--model", options["model"], "--rollback", options["rollback"]])
-    outcome = promote(chosen, options["config"] or None, flags)
+    with at_work():
+        outcome = promote(chosen, options["config"] or None, flags)
     print("\n".join(outcome.sentences))
     return 0 if outcome.promoted else REFUSED_CODE
 

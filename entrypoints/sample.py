@@ -9,6 +9,7 @@ from dfu_mlflow import entry
 from dfu_mlflow.config import load
 from dfu_mlflow.config.sample import SampleConfig
 from dfu_mlflow.lean_imports import loading_libraries
+from dfu_mlflow.phases import at_work
 
 OPTIONS = {"config": ""}
 INCOMPLETE_CODE = 3
@@ -22,7 +23,8 @@ def main(arguments: Sequence[str]) -> int:
     with loading_libraries():
         from registry.sample import sample
 
-    done = sample(config)
+    with at_work():
+        done = sample(config)
     print("\n".join([*done.sentences, f"written: {done.manifest}"]))
     return 0 if done.complete else INCOMPLETE_CODE
 

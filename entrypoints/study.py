@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig
 from dfu_mlflow.lean_imports import loading_libraries
+from dfu_mlflow.phases import at_work
 
 OPTIONS = {"plan": "seed_claims", "config": "tiny"}
 SHOWN = {"output_dir": "outputs/study/PLAN"}
@@ -20,7 +21,8 @@ def main(arguments: Sequence[str]) -> int:
     with loading_libraries():
         from tuning.ablation.study import study
 
-    print("\n".join(study(options["plan"], options["config"], flags)))
+    with at_work():
+        print("\n".join(study(options["plan"], options["config"], flags)))
     return 0
 
 

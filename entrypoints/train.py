@@ -9,6 +9,7 @@ from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig, load
 from dfu_mlflow.launch import NONE, launch_options, run_launcher
 from dfu_mlflow.lean_imports import loading_libraries
+from dfu_mlflow.phases import at_work
 
 OPTIONS = {"config": "tiny", "dry-run": "false", "launch": NONE, "processes": ""}
 
@@ -33,14 +34,15 @@ def main(arguments: Sequence[str]) -> int:
         from registry.promote import promote_run
         from registry.publish import publish, try_registered
 
-    registered = []
-    result = run_training(config, publish=lambda result: registered.append(publish(result, config)))
-    release_memory()  # what follows opens models of its own
-    for version in filter(None, registered):  # of the main process alone
-        if config.registry.promote:
-            print("\n".join(promote_run(result.run_id, config).sentences))
-        else:
-            try_registered(version, config)
+    with at_work():
+        registered = []
+        result = run_training(config, publish=lambda result: registered.append(publish(result, config)))
+        release_memory()  # what follows opens models of its own
+        for version in filter(None, registered):  # of the main process alone
+            if config.registry.promote:
+                print("\n".join(promote_run(result.run_id, config).sentences))
+            else:
+                try_registered(version, config)
     return 0
 
 

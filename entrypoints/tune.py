@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dfu_mlflow import entry
 from dfu_mlflow.config import RunConfig, load
 from dfu_mlflow.lean_imports import loading_libraries
+from dfu_mlflow.phases import at_work
 
 OPTIONS = {"config": "tiny"}
 
@@ -20,7 +21,8 @@ def main(arguments: Sequence[str]) -> int:
     with loading_libraries():
         from tuning.tune import tune
 
-    print("\n".join(tune(options["config"], flags)))
+    with at_work():
+        print("\n".join(tune(options["config"], flags)))
     return 0
 
 

@@ -82,6 +82,34 @@ def test_many_short_phases_in_a_row_are_not_silent_either(log: Log) -> None:
     assert 4 <= len(log.lines) <= 12
 
 
+def test_what_no_phase_has_a_name_for_is_not_silent_either(log: Log) -> None:
+    start = log.seconds
+    with log.board.phase("working", between=True):
+        log.wait(20)
+        with log.board.phase("hashing the weights"):
+            log.wait(20)
+        log.wait(20)
+    log.wait(20)
+    assert longest_silence(log, start) - 20 <= 15
+    assert log.lines == [
+        "working: 14 s",
+        "hashing the weights: 5 s",
+        "hashing the weights: 19 s",
+        "hashing the weights: 20 s",
+        "working: 54 s",
+    ]
+
+
+def test_work_between_phases_says_nothing_for_a_while(log: Log) -> None:
+    with log.board.phase("working", between=True):
+        for _ in range(5):
+            log.wait(PATIENCE_S + 2)
+            with log.board.phase("short"):
+                log.wait(1)
+            log.board._spoke_s = log.seconds  # a line of the run
+    assert log.lines == []
+
+
 def test_short_phases_say_nothing(log: Log) -> None:
     for _ in range(3):
         with log.board.phase("short", total=3, unit="pictures") as progress:
