@@ -43,9 +43,10 @@ SIZE = {
 }
 """Small where only repetition would be large: what a step, a picture and a file take is that of the real size."""
 PHANTOM = {"--data.root": "phantom", "--data.phantom.patients": "8", "--data.group_by": None}
-SPLIT = ("--data.validation_fraction", "0.4")
-"""So that of a few dozen photographs enough are held out to measure distances."""
-SAMPLE = ("--sample.per_class", "2", "--num_inference_steps", "4")
+FEW = ("--memorisation.neighbours", "10")
+SPLIT = ("--data.validation_fraction", "0.4", *FEW)
+"""So that of a few dozen photographs enough are held out to measure distances, and enough trained to find copies."""
+SAMPLE = ("--sample.per_class", "2", "--num_inference_steps", "4", *FEW)
 DIAGNOSE = ("--budget", "full", "--sampling.num_inference_steps", "1")
 """Guidance is swept over several hundred pictures."""
 LIMIT_GB = {"train, all weights": 20.0}
@@ -76,8 +77,8 @@ class Place:
     def flags(self) -> list[str]:
         """What every training says."""
         data = PHANTOM if self.photographs is None else {"--data.root": str(self.photographs)}
-        chosen = {**SIZE, **dict([SPLIT]), "--base_model": str(self.base), **data}
-        return [word for name, value in chosen.items() if value is not None for word in (name, value)]
+        chosen = {**SIZE, "--base_model": str(self.base), **data}
+        return [*SPLIT, *(word for name, value in chosen.items() if value is not None for word in (name, value))]
 
     def last_run(self) -> str:
         """Id of the run that was trained last."""

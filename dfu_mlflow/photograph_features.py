@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -21,6 +22,9 @@ READ_PIXELS = 2**24
 """Pixels of pictures whose files are decoded side by side: 64 of 512 px, 16 of 1,024 px."""
 RESTORED_PIXELS = 64 * 64 * 64
 """Pixels that the autoencoder is given at a time: 64 pictures of 64 px, one of 512 px and above."""
+
+
+SHORT = re.compile("[@,]")
 
 
 class Features(Protocol):
@@ -74,7 +78,7 @@ class PhotographFeatures:
         keys = [plan_evaluation_view(record, self.data).key(record) for record in records]
         batch = max(1, min(MAX_BATCH, READ_PIXELS // self.data.resolution_px**2))
         compute, what = job
-        work = Work(f"features of {what} by {self.extractor.identity.partition('@')[0]}")
+        work = Work(f"features of {what} by {SHORT.split(self.extractor.identity)[0]}")
         return self.material.cache.rows(f"{namespace}:mirrored" if mirrored else namespace, keys, compute, batch, work)
 
     def _restored(self, records: Sequence[Record], mirrored: bool) -> torch.Tensor:
