@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 PATIENCE_S = 5.0
 """A phase that is over by then says nothing in a log."""
-FINAL_S = 10.0
-"""A phase that is over by then is not told of a second time."""
+FINAL_S = 30.0
+"""A phase that is well over by then is not told of a second time."""
 INTERVAL_S = 14.0
 """Between lines: nobody waits for more than 15 s, the thread's own second included."""
 TICK_S = 0.5
@@ -189,7 +189,7 @@ class Board:
                 progress.said = False  # how long it took in all is no news
             if self._bars is not None:
                 self._guarded(lambda: self._undraw(progress))
-            elif progress.said and self._idle_since_s - progress.began_s >= FINAL_S:
+            elif progress.said and (how or self._idle_since_s - progress.began_s >= FINAL_S):
                 self._guarded(lambda: self._write(self._last_line(progress, how)))
 
     def _watch(self) -> None:
