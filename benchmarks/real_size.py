@@ -46,7 +46,8 @@ PHANTOM = {"--data.root": "phantom", "--data.phantom.patients": "8", "--data.gro
 FEW = ("--memorisation.neighbours", "10")
 SPLIT = ("--data.validation_fraction", "0.4", *FEW)
 """So that of a few dozen photographs enough are held out to measure distances, and enough trained to find copies."""
-SAMPLE = ("--sample.per_class", "2", "--num_inference_steps", "4", *FEW)
+SAMPLE = ("--sample.per_class", "2", "--num_inference_steps", "4", "--sample.filter_colour", "false", *FEW)
+"""Colours of a random base's pictures are not held against it."""
 DIAGNOSE = ("--budget", "full", "--sampling.num_inference_steps", "1")
 """Guidance is swept over several hundred pictures."""
 LIMIT_GB = {"train, all weights": 20.0}
