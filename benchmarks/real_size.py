@@ -48,6 +48,7 @@ SPLIT = ("--data.validation_fraction", "0.4", *FEW)
 """So that of a few dozen photographs enough are held out to measure distances, and enough trained to find copies."""
 SAMPLE = ("--sample.per_class", "2", "--num_inference_steps", "4", "--sample.filter_colour", "false", *FEW)
 """Colours of a random base's pictures are not held against it."""
+FULL = ("--ema.enabled", "false", "--checkpoint.keep_last", "1")
 DIAGNOSE = ("--budget", "full", "--sampling.num_inference_steps", "1")
 """Guidance is swept over several hundred pictures."""
 LIMIT_GB = {"train, all weights": 20.0}
@@ -105,7 +106,7 @@ def run(command: str, place: Place) -> Run:
         return run_to_its_end(command, [*training, *flags], environment, log)
     if command == "train-full":
         flags = ["--config", "sdxl_full_24gb", *place.flags(), "--output_dir", str(place.out / "full")]
-        return run_to_its_end("train, all weights", [*training, *flags, "--ema.enabled", "false"], environment, log)
+        return run_to_its_end("train, all weights", [*training, *flags, *FULL], environment, log)
     if command in ("evaluate", "diagnose", "promote", "sample"):
         arguments: Mapping[str, Sequence[str]] = {
             "evaluate": ("--source", place.last_run(), *SPLIT, "--output_dir", str(place.out / "evaluate")),

@@ -35,8 +35,11 @@ sizes = set()
 def note(_): sizes.add(library.omp_get_num_threads())
 def meet(): library.GOMP_parallel(ctypes.cast(note, ctypes.c_void_p), None, 2, 0)
 def states():
-    folders = (f"/proc/self/task/{{task}}/stat" for task in os.listdir("/proc/self/task"))
-    return sorted(open(file).read().rsplit(")", 1)[1].split()[0] for file in folders)
+    found = []
+    for task in os.listdir("/proc/self/task"):
+        try: found.append(open(f"/proc/self/task/{{task}}/stat").read().rsplit(")", 1)[1].split()[0])
+        except (FileNotFoundError, ProcessLookupError): pass  # it has just ended
+    return sorted(found)
 def until(wanted):
     end = time.monotonic() + 20
     while not wanted() and time.monotonic() < end: time.sleep(0.01)

@@ -83,15 +83,16 @@ def test_rows_that_are_computed_are_counted_by_name(
     board, stream = log
 
     def compute(positions: list[int]) -> torch.Tensor:
-        clock.seconds += 10
+        clock.seconds += 20
         board.tick()
         return torch.zeros(len(positions), 2)
 
     cache, keys = RowCache(tmp_path), [f"{number:064x}" for number in range(8)]
     cache.rows("latents", keys, compute, 4, Work("caching latents"))
     assert stream.getvalue().splitlines() == [
-        "caching latents: 0 of 8 pictures, 10 s",
-        "caching latents: 8 of 8 pictures, 20 s",
+        "caching latents: 0 of 8 pictures, 20 s",
+        "caching latents: 4 of 8 pictures, 40 s, 40 s left",
+        "caching latents: 8 of 8 pictures, 40 s",
     ]
     cache.rows("latents", keys, compute, 4, Work("caching latents"))  # all are there: nothing is counted
-    assert len(stream.getvalue().splitlines()) == 2
+    assert len(stream.getvalue().splitlines()) == 3
