@@ -170,7 +170,7 @@ class Board:
         with self.lock:
             if self._closed or os.environ.get("RANK", "0") not in ("", "0"):
                 return
-            if not self._told() and progress.began_s - self._idle_since_s > PAUSE_S:
+            if not self._open and progress.began_s - self._idle_since_s > PAUSE_S:
                 self._busy_since_s = progress.began_s
             self._open.append(progress)
             if self._watched and self._watcher is None:
@@ -222,7 +222,7 @@ class Board:
         now_s = self.now()
         opened = self._told() or self._open
         newest = opened[-1]
-        quiet_s = now_s - max(self._spoke_s, newest.began_s if newest.between else self._busy_since_s)
+        quiet_s = now_s - max(self._spoke_s, self._busy_since_s)
         news = [one for one in opened if now_s - one.began_s >= PATIENCE_S and not one.between]
         if quiet_s < INTERVAL_S:
             if not news or news[-1].named:
