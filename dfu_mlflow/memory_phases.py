@@ -94,7 +94,7 @@ def run_memory(config: RunConfig, source: str, shared: bool, libraries: float) -
     """
     parts = training_memory(config, source)
     sizes = _Sizes(config, source)
-    early, host = {"libraries": libraries}, {"libraries": libraries + LATER_BYTES}
+    host = {"libraries": libraries + LATER_BYTES}
     held = {"UNet": parts.unet, "autoencoder": sizes.vae}
     average = {"EMA": parts.ema}
     optimizer = {"optimizer": parts.optimizer}
@@ -102,7 +102,7 @@ def run_memory(config: RunConfig, source: str, shared: bool, libraries: float) -
     on_card = {**held, **({} if config.ema.on_host else average)}
     evaluating = max(sizes.drawing(config.adapter), sizes.decoding)
     phases = [
-        *_preparing(sizes, early),
+        *_preparing(sizes, libraries),
         PhaseMemory("loading the UNet", held, {**host, "file": sizes.mapped_unet}),
         PhaseMemory(
             "training",
@@ -127,11 +127,11 @@ def run_memory(config: RunConfig, source: str, shared: bool, libraries: float) -
 def evaluation_memory(config: RunConfig, source: str, shared: bool, libraries: float) -> RunMemory:
     """Of `evaluate`, `promote`, `diagnose` and sampling studies: photographs are looked at, nothing is trained."""
     sizes = _Sizes(config, source)
-    early, host = {"libraries": libraries}, {"libraries": libraries + LATER_BYTES}
+    host = {"libraries": libraries + LATER_BYTES}
     adapter = config.adapter
     drawing = max(sizes.drawing(adapter), sizes.decoding)
     device = {"UNet": sizes.drawn_unet(adapter), "autoencoder": sizes.vae, "activations": drawing}
-    return RunMemory((*_preparing(sizes, early), PhaseMemory("evaluation", device, host)), shared)
+    return RunMemory((*_preparing(sizes, libraries), PhaseMemory("evaluation", device, host)), shared)
 
 
 def sampling_memory(config: RunConfig, source: str, shared: bool, libraries: float) -> RunMemory:
@@ -140,10 +140,10 @@ def sampling_memory(config: RunConfig, source: str, shared: bool, libraries: flo
     return RunMemory(tuple(sizes.drawing_memory(config.adapter, {"libraries": libraries})), shared)
 
 
-def _preparing(sizes: _Sizes, host: Mapping[str, float]) -> list[PhaseMemory]:
+def _preparing(sizes: _Sizes, libraries: float) -> list[PhaseMemory]:
     """What comes before the UNet is loaded, the same for training and evaluation."""
     vae = {"autoencoder": sizes.vae}
-    later = {"libraries": host["libraries"] + LATER_BYTES}
+    host, later = {"libraries": libraries}, {"libraries": libraries + LATER_BYTES}
     return [
         sizes.text_phase(host),
         PhaseMemory("caching latents", {**vae, "activations": sizes.encoding}, host),

@@ -185,11 +185,9 @@ class Board:
                 return
             self._open.remove(progress)
             self._idle_since_s = self.now()
-            if progress.between:
-                progress.said = False  # how long it took in all is no news
             if self._bars is not None:
                 self._guarded(lambda: self._undraw(progress))
-            elif progress.said and (how or self._idle_since_s - progress.began_s >= FINAL_S):
+            elif progress.said and not progress.between and (how or self._idle_since_s - progress.began_s >= FINAL_S):
                 self._guarded(lambda: self._write(self._last_line(progress, how)))
 
     def _watch(self) -> None:

@@ -22,9 +22,8 @@ READ_PIXELS = 2**24
 """Pixels of pictures whose files are decoded side by side: 64 of 512 px, 16 of 1,024 px."""
 RESTORED_PIXELS = 64 * 64 * 64
 """Pixels that the autoencoder is given at a time: 64 pictures of 64 px, one of 512 px and above."""
-
-
 SHORT = re.compile("[@,]")
+"""Where the beginning of an identity ends that is enough for a log."""
 
 
 class Features(Protocol):

@@ -119,7 +119,6 @@ def test_a_process_without_an_accelerator_does_not_load_triton() -> None:
 
 BYTECODE = (
     "import os, sys\n"
-    "from pathlib import Path\n"
     "from dfu_mlflow import entry\n"
     "def main(arguments):\n"
     "    sys.path.insert(0, arguments[0])\n"
